@@ -1,0 +1,39 @@
+"""Packaging: four import packages whose names are their paths, and `conf/` shipped as data."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PACKAGES = ["relora", "parallel", "continual", "launch"]
+
+setup(
+    name="accrete",
+    version="0.1.0",
+    description="Distributed pre-training and continual training of transformers by low-rank updates",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*PACKAGES, "launch.conf"],
+    package_dir={"launch.conf": "conf"},
+    package_data={"launch.conf": ["**/*.yaml"], **{name: ["py.typed"] for name in PACKAGES}},
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "peft>=0.18",
+        "hydra-core>=1.3.2,<1.4",
+        "wandb>=0.21",
+        "PyYAML>=6",
+        "rich>=13.7",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["accrete=launch.cli:main"]},
+)
