@@ -1,0 +1,60 @@
+"""Fixtures for all tests, and libraries kept offline."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from parallel.runtime import Runtime, start
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    """The process group of one process, which an engine needs."""
+    with start() as running:
+        yield running
+
+
+TEXT = "\n\n".join(
+    f"Chapter {n}. The {n % 7}th ship carried {n * n} crates of tea to port {n % 13}, where {n} sailors slept."
+    for n in range(400)
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of small text files, and a cache of their own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for index, part in enumerate(TEXT.split("\n\n")):
+        (folder / f"{index:03d}.txt").write_text(part * 3, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path):
+    """Overrides of a whole run that takes a second or two: a warm start and three cycles."""
+    return [
+        f"data.path=[{corpus}]",
+        f"data.cache={corpus.parent / 'cache'}",
+        "data.sequence_length=32",
+        "data.validation_fraction=0.1",
+        "model.config.hidden_size=32",
+        "model.config.num_hidden_layers=2",
+        "model.config.num_attention_heads=2",
+        "model.config.intermediate_size=64",
+        "lora.rank=4",
+        "training.steps=20",
+        "training.global_batch_size=4",
+        "training.threads=1",
+        "relora.every=5",
+        "relora.warm_start_steps=5",
+        "schedule.warmup_steps=2",
+        "schedule.restart_warmup_steps=2",
+        "evaluation.every=10",
+        "evaluation.sequences=8",
+        "checkpoint.every=4",
+        "optimizer.lr=0.01",
+        f"run.dir={tmp_path / 'run'}",
+    ]
