@@ -1,0 +1,155 @@
+"""A linear layer whose frozen weight is trained through two small factors.
+
+y = x W' + b + scaling * (x down') up'. The weight keeps its name, its orientation and its Parameter object,
+so state dictionaries keep their Hugging Face names. When to merge: see relora/restart.py.
+Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transformers' Conv1D has W as (in, out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from relora.initialize import draw_down
+from relora.precision import MergePrecision, add_, join, split
+
+_BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of rows of about this size, so its temporaries stay small
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear layer plus a trainable product of two factors."""
+
+    extra_bits: Tensor | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        adapter_rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.out_features, self.in_features = reversed(weight.shape) if transposed else weight.shape
+        self.adapter_rank = adapter_rank
+        self.scaling = scaling
+        self.dropout_probability = dropout
+        self.weight = weight.requires_grad_(False)
+        self.bias = bias
+        # One zero factor keeps the function unchanged; two would leave both gradients zero for ever.
+        down = draw_down("", (adapter_rank, self.in_features), seed=0)
+        self.down = nn.Parameter(down.to(weight))
+        self.up = nn.Parameter(weight.new_zeros(self.out_features, adapter_rank))
+        self.register_buffer("extra_bits", None)
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, *, adapter_rank: int, scaling: float, dropout: float = 0.0
+    ) -> LowRankLinear:
+        """Wrap an nn.Linear or a transformers Conv1D around the very same parameters."""
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        layer = cls(
+            weight,
+            bias,
+            adapter_rank=adapter_rank,
+            scaling=scaling,
+            dropout=dropout,
+            transposed=isinstance(module, Conv1D),
+        )
+        return layer.train(module.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output by the factored path: the product `up @ down` is never formed."""
+        weight = self.weight.t() if self.transposed else self.weight
+        hidden = x
+        if self.training and self.dropout_probability:
+            hidden = F.dropout(x, self.dropout_probability)
+        # Scaling between the factors touches adapter_rank values a token instead of out_features.
+        update = F.linear(F.linear(hidden, self.down) * self.scaling, self.up)
+        return F.linear(x, weight, self.bias) + update
+
+    def extra_repr(self) -> str:
+        """Describe the layer in the model's printout."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, adapter_rank={self.adapter_rank}, "
+            f"scaling={self.scaling:g}, dropout={self.dropout_probability:g}"
+        )
+
+    @torch.no_grad()
+    def delta(self, down: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+        """Return scaling * up @ down in float32, from the given factors (say, the masters) or the live ones.
+
+        Shapes: (out, in)
+        """
+        down, up = self._factors(down, up)
+        return _product(up, down, self.scaling)
+
+    @torch.no_grad()
+    def base(self) -> Tensor:
+        """Return the base weight in float32, with its extra bits where it has them.
+
+        Shapes: (out, in)
+        """
+        exact = self.weight.float() if self.extra_bits is None else join(self.weight, self.extra_bits)
+        return exact.t() if self.transposed else exact
+
+    @torch.no_grad()
+    def delta_norm(self, down: Tensor | None = None, up: Tensor | None = None) -> float:
+        """Return the Frobenius norm of the delta from the factors' Gram matrices, without forming it."""
+        down, up = (factor.double() for factor in self._factors(down, up))
+        squared = ((up.t() @ up) * (down @ down.t())).sum().clamp_min(0.0)
+        return self.scaling * float(squared.sqrt())
+
+    @torch.no_grad()
+    def split_base_(self) -> None:
+        """Turn a float32 base weight into bfloat16 plus the 16 bits it lacks; no information is lost."""
+        assert self.weight.dtype == torch.float32
+        self.weight.data, self.extra_bits = split(self.weight.data)
+
+    @torch.no_grad()
+    def merge_(
+        self,
+        precision: MergePrecision,
+        down: Tensor | None = None,
+        up: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> int:
+        """Add the delta to the base weight and leave the factors alone; return how many entries changed.
+
+        Given factors (float32 masters) take the place of the live ones; `stochastic` needs the generator.
+        """
+        down, up = self._factors(down, up)
+        left, right = (down.t(), up.t()) if self.transposed else (up, down)
+        changed = torch.zeros((), dtype=torch.int64, device=self.weight.device)
+        for rows in _row_blocks(self.weight):
+            bits = None if self.extra_bits is None else self.extra_bits[rows]
+            delta = _product(left[rows], right, self.scaling)
+            changed += add_(self.weight.data[rows], bits, delta, precision, generator)
+        return int(changed)
+
+    def _factors(self, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the given factors or the live ones, on the weight's device."""
+        device = self.weight.device
+        return (self.down if down is None else down).to(device), (self.up if up is None else up).to(device)
+
+
+def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    # float64 inside: autocast and the TF32 and bfloat16 matmul settings, which may hold during training, must
+    # not touch a merge, and they leave float64 alone.
+    return (left.double() @ right.double()).mul_(scaling).float()
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    height = max(1, _BLOCK_ENTRIES // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], height):
+        yield slice(start, start + height)

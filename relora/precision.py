@@ -1,0 +1,81 @@
+"""Adding a small update to a frozen base weight without losing it.
+
+bfloat16 keeps 8 significant bits, so most entries of a merge worth 0.1 % of the weight would round away.
+`split` keeps the other 16 bits of a float32 in an int16 beside the bfloat16; `stochastic` rounds up or down
+by chance, so that the sum is right on average; `nearest` is what a plain addition does. float32 needs none.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+_HALF = 0x8000  # half of the last place that bfloat16 keeps of a float32's bits
+
+
+class MergePrecision(str, Enum):
+    """How a bfloat16 base weight takes up a float32 update."""
+
+    split = "split"  # type: ignore[assignment]  # the name must be the YAML word; nobody splits this string
+    stochastic = "stochastic"
+    nearest = "nearest"
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut float32 into the nearest bfloat16 and the int16 that is missing from it.
+
+    Ties go away from zero: then the missing part always fits 16 bits, which with ties to even it would not.
+    """
+    bits = value.contiguous().view(torch.int32)
+    high = (bits + _HALF) >> 16
+    low = bits - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """Return the exact float32 that `split` cut."""
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low
+    return bits.view(torch.float32)
+
+
+def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to one of its two bfloat16 neighbours, the nearer one more often: right on average."""
+    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, generator=generator)
+    bits = value.contiguous().view(torch.int32) + noise.to(value.device)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def add_(
+    weight: Tensor,
+    extra_bits: Tensor | None,
+    delta: Tensor,
+    precision: MergePrecision,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Add a float32 update to the weight in place; return how many entries changed (0-d, on its device)."""
+    if weight.dtype != torch.bfloat16:
+        before, after = weight, weight + delta.to(weight.dtype)
+        changed = torch.count_nonzero(before != after)
+        weight.copy_(after)
+        return changed
+    assert (extra_bits is not None) == (precision == MergePrecision.split), "prepare_base_ makes the extra bits"
+    if extra_bits is not None:
+        exact = join(weight, extra_bits)
+        after = exact + delta
+        changed = torch.count_nonzero(exact != after)
+        high, low = split(after)
+        extra_bits.copy_(low)
+    else:
+        high = _rounded(weight.float() + delta, precision, generator)
+        changed = torch.count_nonzero(weight != high)
+    weight.copy_(high)
+    return changed
+
+
+def _rounded(value: Tensor, precision: MergePrecision, generator: torch.Generator | None) -> Tensor:
+    if precision == MergePrecision.nearest:
+        return value.to(torch.bfloat16)
+    assert generator is not None, "stochastic rounding draws from an explicit generator"
+    return stochastic_round(value, generator)

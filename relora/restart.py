@@ -1,0 +1,198 @@
+"""The restart: fold the factors into the base weight, draw new ones, forget their Adam state.
+
+It knows no processes: a ParameterStore reaches a parameter's float32 master and its Adam state wherever they
+live, and PlainStore does so for a torch optimizer. The learning rate's part is in relora/schedule.py.
+Source: ReLoRA, Lialin et al. 2023 (arXiv 2307.05695); docs/relora.md says what differs from its code and why.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from relora.convert import low_rank_modules
+from relora.errors import ConfigError
+from relora.initialize import draw_down, keyed_generator
+from relora.linear import LowRankLinear
+from relora.optimizer import Moments, Reset, reset_moments
+from relora.precision import MergePrecision
+
+_PRUNING = (Reset.magnitude, Reset.random)
+
+
+@dataclass(kw_only=True, slots=True)
+class ReloraConfig:
+    """When to restart, and what a restart keeps."""
+
+    every: int = 1000
+    """Steps in a cycle."""
+    reset: Reset = Reset.zero
+    """What happens to the factors' Adam state: zero, magnitude, random or none."""
+    prune_ratio: float | None = None
+    """Share of the Adam state that `magnitude` and `random` remove."""
+    warm_start_steps: int = 0
+    """Full-rank steps before the first cycle."""
+    merge_precision: MergePrecision = MergePrecision.split
+    """How a bfloat16 base weight takes up a merge: split, stochastic or nearest; no matter in float32."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.every < 1:
+            raise ConfigError(f"relora.every must be at least 1 step, got {self.every}")
+        if self.warm_start_steps < 0:
+            raise ConfigError(f"relora.warm_start_steps must not be negative, got {self.warm_start_steps}")
+        if self.reset in _PRUNING:
+            if self.prune_ratio is None:
+                raise ConfigError(
+                    f"relora.reset={Reset(self.reset).value} needs relora.prune_ratio, the share to remove"
+                )
+            if not 0 < self.prune_ratio <= 1:
+                raise ConfigError(f"relora.prune_ratio must be in (0, 1], got {self.prune_ratio}")
+        elif self.prune_ratio is not None:
+            raise ConfigError(
+                f"relora.prune_ratio={self.prune_ratio} has no effect with relora.reset="
+                f"{Reset(self.reset).value}: leave it out, or choose relora.reset=magnitude or random"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class RestartReport:
+    """What one restart did; the fields of the run's restart event."""
+
+    restart: int
+    """Its index; the first is 1."""
+    layers: int
+    """Layers merged."""
+    update_ratio: float
+    """Norm of all merged updates over the norm of all their base weights."""
+    changed_share: float
+    """Share of the base weights' entries that changed; far below 1, the merge rounded away."""
+    pruned_count: int
+    """Entries of the factors' moments that were removed."""
+    pruned_share: float
+    """The same as a share of the entries there were; 0 when there was no state yet."""
+    seconds: float
+    """Wall time."""
+
+
+class ParameterStore(Protocol):
+    """Access to one parameter's float32 master and Adam state, wherever they live."""
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter's whole float32 value."""
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set the master and the live copy."""
+
+    def moments(self, parameter: nn.Parameter) -> Moments | None:
+        """Return live views of the Adam state, or None before the first step."""
+
+
+class PlainStore:
+    """The store of a torch Adam in one process, whose parameters are their own masters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter's float32 value; in float32 it is the parameter's own memory."""
+        return parameter.detach().float()
+
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite the parameter."""
+        parameter.data.copy_(value)
+
+    def moments(self, parameter: nn.Parameter) -> Moments | None:
+        """Return the optimizer's own tensors, or None before the first step."""
+        state = self._optimizer.state.get(parameter)  # indexing would make an empty state and break saving it
+        if not state:
+            return None
+        return Moments(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], step=state["step"])
+
+
+def restart_due(config: ReloraConfig, step: int, total_steps: int) -> bool:
+    """Tell whether a restart follows the first `step` updates.
+
+    None follows the warm start's last step, nor the run's: there the export folds the factors in.
+    """
+    trained = step - config.warm_start_steps
+    return trained > 0 and step < total_steps and trained % config.every == 0
+
+
+def cycle_of(config: ReloraConfig, step: int) -> int:
+    """Return the 0-based cycle of the update that comes after `step` updates; the warm start counts as 0."""
+    return max(0, step - config.warm_start_steps) // config.every
+
+
+@torch.no_grad()
+def restart(
+    model: nn.Module,
+    config: ReloraConfig,
+    store: ParameterStore,
+    *,
+    seed: int,
+    restart_index: int,
+    head: int = 0,
+) -> RestartReport:
+    """Merge, redraw and reset every low-rank layer; the model's function is the same before and after.
+
+    Raises: ConfigError when a pruning reset removed nothing from the state there was.
+    """
+    assert restart_index >= 1, "draw 0 is the conversion's"
+    began = time.perf_counter()
+    delta_squared = base_squared = 0.0
+    changed = entries = removed = state_entries = 0
+    layers = low_rank_modules(model)
+    for name, layer in layers.items():
+        down, up = store.master(layer.down), store.master(layer.up)
+        delta_squared += layer.delta_norm(down, up) ** 2
+        base_squared += float(torch.linalg.vector_norm(layer.weight, dtype=torch.float64)) ** 2
+        rounding = keyed_generator(seed, "round", name, head, restart_index)
+        changed += layer.merge_(config.merge_precision, down, up, rounding)
+        entries += layer.weight.numel()
+        fresh = draw_down(
+            name, (layer.adapter_rank, layer.in_features), seed=seed, head=head, restart_index=restart_index
+        )
+        store.write(layer.down, fresh.to(down.device))
+        store.write(layer.up, torch.zeros_like(up))
+        pruned, of = _reset_layer(name, layer, config, store, seed=seed, head=head, restart_index=restart_index)
+        removed, state_entries = removed + pruned, state_entries + of
+    if config.reset in _PRUNING and state_entries and not removed:
+        raise ConfigError(
+            f"relora.prune_ratio={config.prune_ratio} removed none of the {state_entries} entries of Adam's "
+            "state: raise it, or say so with relora.reset=none"
+        )
+    return RestartReport(
+        restart=restart_index,
+        layers=len(layers),
+        update_ratio=(delta_squared / base_squared) ** 0.5 if base_squared else 0.0,
+        changed_share=changed / max(1, entries),
+        pruned_count=removed,
+        pruned_share=removed / max(1, state_entries),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _reset_layer(
+    name: str,
+    layer: LowRankLinear,
+    config: ReloraConfig,
+    store: ParameterStore,
+    *,
+    seed: int,
+    head: int,
+    restart_index: int,
+) -> tuple[int, int]:
+    """Reset both factors' moments; return the entries removed and the entries there were."""
+    removed = entries = 0
+    for factor, parameter in (("down", layer.down), ("up", layer.up)):
+        moments = store.moments(parameter)
+        if moments is not None:
+            generator = keyed_generator(seed, "prune", name, factor, head, restart_index)
+            removed += reset_moments(moments, config.reset, config.prune_ratio, generator)
+            entries += moments.exp_avg.numel()
+    return removed, entries

@@ -1,0 +1,214 @@
+"""The layer against a slow, plain twin."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import relora.linear
+from relora.initialize import keyed_generator
+from relora.linear import LowRankLinear
+from relora.precision import MergePrecision, join
+
+IN, OUT, RANK = 7, 5, 3
+
+
+def _plain(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "conv1d":
+        module = Conv1D(OUT, IN)
+        nn.init.normal_(module.bias)
+        return module
+    return nn.Linear(IN, OUT, bias=kind == "linear")
+
+
+def _wrapped(kind: str, dropout: float = 0.0, trained: bool = True) -> LowRankLinear:
+    layer = LowRankLinear.from_module(_plain(kind), adapter_rank=RANK, scaling=0.25, dropout=dropout)
+    if trained:
+        nn.init.normal_(layer.up)
+    return layer
+
+
+def _slow_product(up: Tensor, down: Tensor, scaling: float) -> np.ndarray:
+    """Multiply by three loops in float64."""
+    product = np.zeros((up.shape[0], down.shape[1]))
+    for o in range(up.shape[0]):
+        for i in range(down.shape[1]):
+            for r in range(up.shape[1]):
+                product[o, i] += up[o, r].item() * down[r, i].item()
+    return product * scaling
+
+
+KINDS = pytest.mark.parametrize("kind", ["linear", "no_bias", "conv1d"])
+
+
+@KINDS
+def test_wrapping_leaves_the_function_unchanged(kind: str) -> None:
+    x = torch.randn(2, 4, IN)
+    assert torch.equal(_wrapped(kind, trained=False)(x), _plain(kind)(x))
+
+
+@KINDS
+def test_wrapping_keeps_the_parameter_objects_and_their_names(kind: str) -> None:
+    plain = _plain(kind)
+    layer = LowRankLinear.from_module(plain, adapter_rank=RANK, scaling=1.0)
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    assert not layer.weight.requires_grad
+    assert set(layer.state_dict()) == set(plain.state_dict()) | {"down", "up"}
+    assert layer.down.shape == (RANK, IN)
+    assert layer.up.shape == (OUT, RANK)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_equal_those_of_the_dense_layer(kind: str, dtype: torch.dtype) -> None:
+    layer = _wrapped(kind).to(dtype)
+    x = torch.randn(2, 4, IN, dtype=dtype, requires_grad=True)
+    weighting = torch.randn(2, 4, OUT)
+    (layer(x).float() * weighting).sum().backward()
+
+    down, up = (part.detach().double().requires_grad_() for part in (layer.down, layer.up))
+    x_slow = x.detach().double().requires_grad_()
+    bias = None if layer.bias is None else layer.bias.detach().double().requires_grad_()
+    slow = F.linear(x_slow, layer.base().double() + 0.25 * up @ down, bias)
+    (slow * weighting).sum().backward()
+
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    pairs = [(layer(x), slow), (x.grad, x_slow.grad), (layer.down.grad, down.grad), (layer.up.grad, up.grad)]
+    if bias is not None:
+        pairs.append((layer.bias.grad, bias.grad))
+    for ours, wanted in pairs:
+        assert torch.allclose(ours.double(), wanted, **close)
+    assert layer.weight.grad is None
+
+
+@KINDS
+def test_autocast_computes_in_bfloat16(kind: str) -> None:
+    layer = _wrapped(kind)
+    x = torch.randn(2, 4, IN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+def test_dropout_touches_the_update_only_and_only_in_training() -> None:
+    layer = _wrapped("linear", dropout=0.5)
+    x = torch.randn(2, 4, IN)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    nn.init.zeros_(layer.up)
+    assert torch.equal(layer(x), _plain("linear")(x))
+
+
+def test_wrapping_keeps_the_training_mode() -> None:
+    assert not LowRankLinear.from_module(nn.Linear(4, 4).eval(), adapter_rank=1, scaling=1.0).training
+
+
+def test_both_factors_learn_within_two_steps() -> None:
+    """The reference code zeroes both factors, and neither ever gets a gradient."""
+    layer = _wrapped("linear", trained=False)
+    optimizer = torch.optim.SGD([layer.down, layer.up], lr=0.1)
+    learned = {"down": False, "up": False}
+    for _ in range(2):
+        layer(torch.randn(4, IN)).square().sum().backward()
+        for name in learned:
+            learned[name] |= bool(getattr(layer, name).grad.abs().max() > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert learned == {"down": True, "up": True}
+
+
+@KINDS
+def test_delta_and_base_are_oriented_out_by_in(kind: str) -> None:
+    layer = _wrapped(kind)
+    assert layer.delta().shape == layer.base().shape == (OUT, IN)
+    assert np.allclose(layer.delta().numpy(), _slow_product(layer.up, layer.down, 0.25), rtol=1e-6, atol=1e-7)
+    x = torch.randn(3, IN)
+    assert torch.allclose(F.linear(x, layer.base() + layer.delta(), layer.bias), layer(x), atol=1e-5)
+
+
+def test_delta_norm_is_the_norm_of_the_delta() -> None:
+    layer = _wrapped("linear")
+    assert layer.delta_norm() == pytest.approx(float(layer.delta().norm()), rel=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("block_entries", [1, 12, 1 << 22])
+@pytest.mark.parametrize("store", ["float32", "split", "nearest"])
+def test_merge_equals_a_loop_in_float64(
+    kind: str, block_entries: int, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    layer = _wrapped(kind)
+    precision = MergePrecision.split if store == "float32" else MergePrecision[store]
+    if store == "split":
+        layer.split_base_()
+    if store != "float32":
+        layer.to(torch.bfloat16)
+    down, up = torch.randn(RANK, IN), torch.randn(OUT, RANK) * 0.01
+    before, factors = layer.base().double().numpy(), copy.deepcopy((layer.down, layer.up))
+    changed = layer.merge_(precision, down, up)
+    wanted = before + _slow_product(up, down, 0.25)
+    if store == "nearest":
+        assert torch.equal(layer.base(), torch.from_numpy(wanted).float().to(torch.bfloat16).float())
+    else:
+        assert np.allclose(layer.base().numpy(), wanted, rtol=2e-7, atol=1e-9)
+    assert changed == np.count_nonzero(layer.base().double().numpy() != before)
+    assert torch.equal(layer.down, factors[0])
+    assert torch.equal(layer.up, factors[1])
+
+
+def test_merge_takes_the_live_factors_by_default() -> None:
+    layer = _wrapped("linear")
+    wanted = layer.base() + layer.delta()
+    layer.merge_(MergePrecision.nearest)
+    assert torch.equal(layer.weight, wanted)
+
+
+def test_stochastic_merge_stays_within_one_place_and_repeats() -> None:
+    merged = []
+    for _ in range(2):
+        layer = _wrapped("linear").to(torch.bfloat16)
+        exact = layer.base() + layer.delta()
+        layer.merge_(MergePrecision.stochastic, generator=keyed_generator(0, "merge"))
+        assert ((layer.base() - exact).abs() <= exact.abs() * 2**-7).all()
+        merged.append(layer.base())
+    assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("setting", ["autocast", "medium"])
+def test_merge_is_exact_whatever_precision_training_uses(setting: str) -> None:
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_module(nn.Linear(64, 64), adapter_rank=32, scaling=1.0)
+    nn.init.normal_(layer.up)
+    wanted = layer.base().double() + layer.up.double() @ layer.down.double()
+    try:
+        torch.set_float32_matmul_precision("medium" if setting == "medium" else "highest")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting == "autocast"):
+            layer.merge_(MergePrecision.split)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.allclose(layer.base().double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@KINDS
+def test_splitting_the_base_loses_nothing_and_survives_a_cast_and_a_state_dict(kind: str) -> None:
+    layer = _wrapped(kind)
+    exact = layer.base().clone()
+    weight = layer.weight
+    layer.split_base_()
+    layer.to(torch.bfloat16)
+    assert layer.weight is weight
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.base(), exact)
+    state = layer.state_dict()
+    restored = join(state["weight"], state["extra_bits"])
+    assert torch.equal(restored.t() if layer.transposed else restored, exact)
