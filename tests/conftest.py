@@ -10,9 +10,9 @@ import pytest
 from parallel.runtime import Runtime, start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runtime() -> Runtime:
-    """The process group of one process, which an engine needs."""
+    """The process group of one process, which every run in this process joins."""
     with start() as running:
         yield running
 
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(corpus, tmp_path):
+def tiny(runtime, corpus, tmp_path):
     """Overrides of a whole run that takes a second or two: a warm start and three cycles."""
     return [
         f"data.path=[{corpus}]",

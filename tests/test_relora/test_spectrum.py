@@ -23,13 +23,16 @@ def test_singular_values_descend_and_match_a_known_decomposition():
     right, _ = torch.linalg.qr(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
     known = torch.tensor([8.0, 4.0, 2.0, 0.5])
     values = singular_values(left @ known.diag() @ right.t())
-    torch.testing.assert_close(values, torch.cat([known, torch.zeros(1)]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values, torch.cat([known, torch.zeros(1)]).double(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_singular_values_are_never_computed_below_fp32(dtype):
-    expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert singular_values(torch.eye(3, dtype=dtype)).dtype == expected
+@pytest.mark.parametrize("shape", [(40, 40), (17, 90), (90, 17), (1, 5), (5, 1)])
+def test_singular_values_are_precise_for_any_shape_and_dtype(shape, dtype):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    matrix[:, : shape[1] // 2] *= 1e-3
+    exact = torch.linalg.svdvals(matrix.double())
+    torch.testing.assert_close(singular_values(matrix), exact, rtol=1e-6, atol=3e-8 * float(exact[0]))
 
 
 def test_effective_rank_counts_equal_directions():

@@ -1,0 +1,36 @@
+"""The console script: `accrete VERB ...` is `python -m launch.VERB ...`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from launch import exits
+
+VERBS = {
+    "train": "train a model",
+    "prepare": "turn text into token files",
+    "evaluate": "validation loss of a trained model",
+    "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
+    "report": "draw one or several runs",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the rest of the line to a verb; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print("usage: accrete VERB ...\n")
+        print("\n".join(f"  {verb:<10}{meaning}" for verb, meaning in VERBS.items()))
+        print("\n`accrete VERB --help` tells more.")
+        return exits.DONE if words else exits.REFUSED
+    if words[0] not in VERBS:
+        print(f"error: {words[0]!r} is not a verb: choose one of {', '.join(VERBS)}", file=sys.stderr)
+        return exits.REFUSED
+    try:
+        return int(importlib.import_module(f"launch.{words[0]}").main(words[1:]))
+    except SystemExit as finished:  # argparse's way to end after --help or a wrong word
+        return int(finished.code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""From `model.*` to a transformers model, and from a trained model to a Hugging Face folder."""
+
+import difflib
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from relora.convert import merged_state_dict
+from relora.errors import ConfigError
+
+transformers_logging.disable_progress_bar()
+
+# Accepted by transformers' configuration classes and turned into `rope_parameters`, but not listed by them.
+_ALSO_ACCEPTED = {"model_type", "rope_theta", "rope_scaling", "attn_implementation"}
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model is trained: exactly one of a pre-trained one or a configuration with random weights."""
+
+    name_or_path: str | None = None
+    """A local folder or hub name with weights: continued pre-training."""
+    config: Any = None
+    """A transformers configuration (mapping with model_type, or a config.json): random initial weights."""
+    attention: str = "sdpa"
+    """transformers' attention implementation: sdpa, eager, flash_attention_2, ..."""
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.config is None):
+            given = "neither" if self.config is None else "both"
+            raise ConfigError(
+                f"model needs exactly one of model.name_or_path and model.config, got {given}: choose an option "
+                "such as model=llama_tiny, or model=pretrained model.name_or_path=PATH"
+            )
+        if self.config is not None and not isinstance(self.config, (str, dict)):
+            raise ConfigError(f"model.config must be a mapping or a path to a config.json, got {self.config!r}")
+
+
+def model_config(config: ModelConfig, *, vocab_size: int, sequence_length: int) -> PretrainedConfig:
+    """The transformers configuration of a run's model, checked against its data.
+
+    Raises:
+        ConfigError: unknown family or key, unreadable folder, a tokenizer larger than the vocabulary, sequences
+            longer than the model's positions.
+    """
+    if config.name_or_path is not None:
+        try:
+            hf_config = AutoConfig.from_pretrained(config.name_or_path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.name_or_path {config.name_or_path!r} cannot be loaded: {error}. Give a folder with a "
+                "config.json and weights, or a name that this machine can download"
+            ) from error
+    else:
+        values = _values(config.config)
+        if values.get("vocab_size") is None:
+            values["vocab_size"] = vocab_size
+        hf_config = _from_values(values)
+    if hf_config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} tokens, but the model's vocabulary only {hf_config.vocab_size}: set "
+            "model.config.vocab_size to null (as large as the tokenizer) or choose another data.tokenizer"
+        )
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length must be at most the model's max_position_embeddings={positions}, got "
+            f"{sequence_length}: shorten it, or raise model.config.max_position_embeddings"
+        )
+    return hf_config
+
+
+def build_model(config: ModelConfig, hf_config: PretrainedConfig, *, seed: int, weights: bool = True) -> nn.Module:
+    """The model in fp32 on the CPU.
+
+    Args:
+        seed: of random weights.
+        weights: load the pre-trained ones, if the model has any; False when a checkpoint brings its own.
+    """
+    if config.name_or_path is not None and weights:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.name_or_path, dtype=torch.float32, attn_implementation=config.attention
+        )
+    else:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attention)
+    model.config.use_cache = False
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def save_model(
+    model: Any,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    masters: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the dense model that `model` computes now: factors folded in, Hugging Face names, tokenizer beside.
+
+    Args:
+        masters: fp32 values by parameter name that take the place of the model's own.
+
+    Raises:
+        OSError: the folder cannot be written; what was there before is untouched.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    model.config.dtype = dtype
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    try:
+        model.save_pretrained(partial, state_dict=merged_state_dict(model, masters=masters, dtype=dtype))
+        tokenizer.save_pretrained(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        model.config.use_cache = use_cache
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _values(config: Any) -> dict[str, Any]:
+    if isinstance(config, dict):
+        return dict(config)
+    try:
+        values = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.config {config!r} cannot be read as a transformers config.json: {error}") from error
+    return {key: value for key, value in values.items() if key not in ("architectures", "transformers_version")}
+
+
+def _from_values(values: dict[str, Any]) -> PretrainedConfig:
+    family = values.pop("model_type", None)
+    if family is None:
+        raise ConfigError("model.config needs model_type, the transformers family: llama, gpt_neox, qwen2, ...")
+    try:
+        default = AutoConfig.for_model(family)
+    except ValueError as error:
+        raise ConfigError(f"model.config.model_type {family!r} is not a family that transformers knows") from error
+    known = set(default.to_dict()) | set(default.attribute_map) | _ALSO_ACCEPTED
+    known |= set(inspect.signature(type(default).__init__).parameters) - {"self", "kwargs"}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{family} has {', '.join(sorted(known))}"
+            raise ConfigError(f"model.config.{key} is not a setting of {family}: {hint}")
+    try:
+        return AutoConfig.for_model(family, **values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.config is refused by transformers: {error}") from error

@@ -1,0 +1,36 @@
+"""Turns a signal into a wish that the loop grants between two steps."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Note the first signal; a second SIGINT ends the process at once, as an impatient user expects."""
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Catch SIGTERM, SIGINT and SIGUSR1 for the length of a run."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

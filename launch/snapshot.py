@@ -1,0 +1,122 @@
+"""The model of a checkpoint, read from its files one tensor at a time: nothing is built, nothing is trained.
+
+A skeleton without memory (the model on the meta device) tells what the names mean. Low-rank layers are put
+together one by one from what the optimizer holds, so that their weights are those that the trainer computes.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from parallel.checkpoint import Checkpoint
+from relora.convert import LoraConfig
+from relora.errors import ConfigError
+from relora.linear import LowRankLinear
+
+SHARD_BYTES = 4 << 30
+"""Largest size of a file of weights, unless a single tensor is larger."""
+
+
+class Snapshot:
+    """A checkpoint's tensors under their Hugging Face names, with fp32 masters where there are any."""
+
+    def __init__(self, checkpoint: Checkpoint, hf_config: PretrainedConfig, lora: LoraConfig | None) -> None:
+        """Open the files.
+
+        Raises: ConfigError when the checkpoint is not of this model.
+        """
+        self._lora = lora
+        self._model = safe_open(checkpoint.folder / "model.safetensors", framework="pt")
+        self._optimizer = safe_open(checkpoint.folder / "optimizer.safetensors", framework="pt")
+        self._stored, self._optimized = set(self._model.keys()), set(self._optimizer.keys())
+        with torch.device("meta"):
+            self.skeleton: nn.Module = AutoModelForCausalLM.from_config(hf_config)
+        self._plain = self.skeleton.state_dict(keep_vars=True)
+        first = {id(parameter): name for name, parameter in self.skeleton.named_parameters()}
+        self._first_name = {name: first.get(id(tensor), name) for name, tensor in self._plain.items()}
+        self.names = [name for name in self._plain if self._first_name[name] == name]
+        """Every tensor once; of tied ones, the first."""
+        owners = [name.removesuffix(".weight") for name in self.names]
+        self.layers = [owner for owner in owners if {f"{owner}.down", f"{owner}.up"} <= self._stored]
+        """Low-rank modules; none at full rank, as in a warm start."""
+        self._check(checkpoint.folder)
+
+    @property
+    def trained(self) -> list[str]:
+        """Dense parameters that have been updated."""
+        return [name for name in self.names if f"{name}/step" in self._optimized]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
+        name = self._first_name.get(name, name)
+        master = f"{name}/master"
+        tensor: Tensor = (
+            self._optimizer.get_tensor(master) if master in self._optimized else self._model.get_tensor(name)
+        )
+        return tensor
+
+    def is_transposed(self, layer: str) -> bool:
+        """Whether a layer's weight is (in, out)."""
+        return isinstance(self.skeleton.get_submodule(layer), Conv1D)
+
+    def layer_shape(self, layer: str) -> torch.Size:
+        """Shape of a layer's weight."""
+        return self._plain[f"{layer}.weight"].shape
+
+    def layer(self, name: str) -> LowRankLinear:
+        """A low-rank layer, without its bias."""
+        assert self._lora is not None
+        down, up = self.tensor(f"{name}.down"), self.tensor(f"{name}.up")
+        layer = LowRankLinear(
+            nn.Parameter(self.tensor(f"{name}.weight"), requires_grad=False),
+            None,
+            adapter_rank=down.shape[0],
+            scaling=self._lora.scale(down.shape[0]),
+            transposed=self.is_transposed(name),
+        )
+        layer.down.data, layer.up.data = down, up
+        if f"{name}.extra_bits" in self._stored:
+            layer.extra_bits = self._model.get_tensor(f"{name}.extra_bits")
+        return layer
+
+    def weight(self, name: str, *, merged: bool) -> Tensor:
+        """A tensor of the plain model; low-rank weights exactly in fp32, with or without their delta."""
+        owner, _, leaf = name.rpartition(".")
+        if leaf != "weight" or owner not in self.layers:
+            return self.tensor(name)
+        layer = self.layer(owner)
+        value = layer.base() + layer.delta() if merged else layer.base()
+        return value.t() if layer.transposed else value
+
+    def write_weights(self, folder: Path, dtype: torch.dtype, *, merged: bool) -> None:
+        """Write all tensors as a Hugging Face folder holds them, one file of them in memory at a time."""
+        kinds = {
+            name: dtype if self._plain[name].is_floating_point() else self._plain[name].dtype for name in self.names
+        }
+        empty = {name: torch.empty(self._plain[name].shape, dtype=kinds[name], device="meta") for name in self.names}
+        shards = split_torch_state_dict_into_shards(
+            empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
+        )
+        for file, names in shards.filename_to_tensors.items():
+            tensors = {name: self.weight(name, merged=merged).to(kinds[name]).contiguous() for name in names}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _check(self, folder: Path) -> None:
+        parts = {f"{layer}.{part}" for layer in self.layers for part in ("down", "up", "extra_bits")}
+        for name in sorted((self._stored - parts) ^ set(self.names)):
+            side = "only the checkpoint has" if name in self._stored else "the checkpoint lacks"
+            raise ConfigError(f"{folder} is of another model than run.dir: {side} {name}")
+        for name in self.names:
+            here, there = list(self._plain[name].shape), self._model.get_slice(name).get_shape()
+            if here != there:
+                raise ConfigError(f"{folder} is of another model than run.dir: {name} is {there} there and {here} here")

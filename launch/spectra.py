@@ -1,0 +1,114 @@
+"""Measures at every restart how many directions the training has used: the singular values of W - W_start.
+
+W_start lies in the run's start/ folder and is read one matrix at a time, so memory stays small. The model
+is not changed. What the numbers mean is in relora/spectrum.py.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from launch.records import Record, append_records
+from relora.convert import low_rank_modules
+from relora.errors import ConfigError
+from relora.linear import LowRankLinear
+from relora.spectrum import effective_rank, numerical_rank, singular_values
+
+KEPT_VALUES = 512
+
+
+class Spectra:
+    """Appends one line per low-rank layer to spectra.jsonl whenever it is asked to."""
+
+    def __init__(self, start_folder: Path, run_dir: Path, choice: str) -> None:
+        self._start_folder = start_folder
+        self._path = run_dir / "spectra.jsonl"
+        self._choice = choice
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, step: int, restart_index: int) -> None:
+        """Decompose the update of every selected layer so far.
+
+        Raises: ConfigError when start/ does not hold the layer's first weight.
+        """
+        layers = low_rank_modules(model)
+        start = StartWeights(self._start_folder)
+        records = []
+        for name in select_modules(layers, self._choice):
+            measured = _measure(layers[name], start.read(f"{name}.weight"), restart_index)
+            records.append({"step": step, "restart": restart_index, "module": name, **measured})
+        append_records(self._path, *records)
+
+
+class StartWeights:
+    """Lazy access to the tensors of a Hugging Face folder, in one safetensors file or several."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = folder / "model.safetensors.index.json"
+        self._files: dict[str, str] | None = None
+        if index.exists():
+            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored.
+
+        Raises: ConfigError when it is not there.
+        """
+        file = "model.safetensors" if self._files is None else self._files.get(name)
+        if file is not None and (self._folder / file).exists():
+            with safe_open(self._folder / file, framework="pt") as tensors:
+                stored: list[str] = tensors.keys()
+                if name in stored:
+                    tensor: Tensor = tensors.get_tensor(name)
+                    return tensor
+        raise ConfigError(
+            f"{self._folder} does not hold {name}, from which the spectra are measured: restore the folder, "
+            "or set evaluation.spectra=none"
+        )
+
+
+def select_modules(names: Iterable[str], choice: str) -> list[str]:
+    """`all` names, none, or as a `sample` those in the first, middle and last layer of each stack of layers.
+
+    A layer's number is the first number in a dotted name, and what stands before it names the stack.
+    """
+    names = list(names)
+    if choice != "sample":
+        return names if choice == "all" else []
+    stacks: dict[str, set[int]] = {}
+    for stack, number in filter(None, map(_layer_of, names)):
+        stacks.setdefault(stack, set()).add(number)
+    wanted = set()
+    for stack, numbers in stacks.items():
+        ordered = sorted(numbers)
+        wanted |= {(stack, ordered[place]) for place in (0, len(ordered) // 2, -1)}
+    return [name for name in names if _layer_of(name) in wanted] if stacks else names
+
+
+def _layer_of(name: str) -> tuple[str, int] | None:
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def _measure(layer: LowRankLinear, start: Tensor, restarts: int) -> Record:
+    now = layer.base() + layer.delta()  # the delta is zero right after a merge, and everything without merges
+    before = start.to(now.device, torch.float32)
+    delta = now - (before.t() if layer.transposed else before)
+    values = singular_values(delta)
+    exact = layer.extra_bits is not None
+    eps = torch.finfo(torch.float32 if exact else layer.weight.dtype).eps
+    return {
+        "shape": list(delta.shape),
+        "singular_values": [float(f"{value:.6g}") for value in values[:KEPT_VALUES].tolist()],
+        "effective_rank": effective_rank(values),
+        "numerical_rank": numerical_rank(values, float(torch.linalg.matrix_norm(now)), restarts, eps),
+        "update_ratio": float(torch.linalg.matrix_norm(delta) / torch.linalg.matrix_norm(before)),
+    }

@@ -1,0 +1,74 @@
+"""What a run knows of itself between two steps: everything a checkpoint keeps beside tensors."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from relora.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """Counters and histories of a run; plain values only."""
+
+    step: int = 0
+    """Finished updates, skipped ones included."""
+    tokens: int = 0
+    """Tokens of all finished updates."""
+    position: int = 0
+    """Sequences consumed: the whole state of the data."""
+    restarts: int = 0
+    """Finished restarts; the next one has this index plus one."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps whose update was refused."""
+    losses: list[float] = field(default_factory=list)
+    """Losses of the recent accepted updates, oldest first: the guard's window."""
+    grad_norms: list[float] = field(default_factory=list)
+    """Their gradient norms."""
+    train_loss: float | None = None
+    """Loss of the last update."""
+    val_loss: float | None = None
+    """Loss of the last validation."""
+    val_step: int | None = None
+    """The step that it was made at."""
+    best_val_loss: float | None = None
+    """Lowest validation loss among the checkpoints written at a validated step."""
+    best_checkpoint: str | None = None
+    """Folder name of that checkpoint."""
+    tracker_run_id: str | None = None
+    """The tracker's id, so that a resumed run goes on in the same one."""
+    train_seconds: float = 0.0
+    """Wall time inside the loop, over all attempts that led here."""
+    peak_memory_bytes: int = 0
+    """Highest memory in use, over all attempts."""
+
+    def advance(self, *, sequences: int, tokens: int) -> None:
+        """Count one finished update."""
+        self.step += 1
+        self.position += sequences
+        self.tokens += tokens
+
+    def note_best(self, checkpoint: str) -> None:
+        """Remember a checkpoint that is about to be written, if validation at its step was the best so far."""
+        if self.val_loss is None or self.val_step != self.step:
+            return
+        if self.best_val_loss is None or self.val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_checkpoint = self.val_loss, checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+        """The state that a checkpoint holds.
+
+        Raises:
+            ConfigError: it was written by another version.
+        """
+        names = {entry.name for entry in fields(cls)}
+        if set(values) != names:
+            raise ConfigError(
+                f"the checkpoint's counters are {sorted(values)}, this version has {sorted(names)}: "
+                "continue the run with the version that wrote it"
+            )
+        return cls(**values)

@@ -1,0 +1,67 @@
+"""Help texts, made from the configuration itself, so that they cannot go stale."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from launch.config import CONF, TrainConfig
+
+_HEAD = """\
+usage: accrete train [group=option ...] [section.key=value ...]
+   or: python -m launch.train ...
+
+Trains a language model; without arguments, a small one by ReLoRA on the text that ships with Python, in about
+two minutes on two cores. The same command continues a run that was stopped or killed, if it names run.dir.
+
+examples:
+  accrete train run.dir=runs/first
+  accrete train relora=none                                plain LoRA
+  accrete train lora=none                                  full-rank training
+  accrete train experiment=relora_llama_130m data.path=[corpus.jsonl] data.tokenizer=my-tokenizer
+  accrete train model=pretrained model.name_or_path=./llama training.dtype=bf16 relora.warm_start_steps=500
+
+exit codes: 0 done; 2 something to correct, named in one message; 75 stopped by request, checkpoint written; 1 else
+"""
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether the command line wants the help text."""
+    return any(word in ("-h", "--help", "help") for word in words)
+
+
+def train_help() -> str:
+    """The help of `train`: usage, groups with their options, and every key with its default and meaning."""
+    parts = [_HEAD, "groups (group=option):"]
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        parts.append(textwrap.fill(f"  {folder.name:<12}{options}", 110, subsequent_indent=" " * 14))
+    parts.append("\nkeys (section.key=value):")
+    for section, hint in get_type_hints(TrainConfig).items():
+        owner = next((entry for entry in (hint, *get_args(hint)) if is_dataclass(entry)), None)
+        if owner is not None:
+            parts.append("\n".join(_keys(section, owner)))
+    return "\n".join(parts)
+
+
+def _keys(section: str, owner: Any) -> list[str]:
+    meanings = field_docs(owner)
+    lines = [f"\n{section}: {(owner.__doc__ or '').strip()}"]
+    for entry in fields(owner):
+        text = f"  {section}.{entry.name}"
+        lines.append(textwrap.fill(f"{text:<40}{meanings.get(entry.name, '')}", 110, subsequent_indent=" " * 40))
+    return lines
+
+
+def field_docs(owner: type) -> dict[str, str]:
+    """The strings under a dataclass's fields, by field name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = " ".join(str(text.value.value).split())
+    return found

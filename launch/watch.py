@@ -1,0 +1,115 @@
+"""Tells everybody who watches: metrics.jsonl, the console and the tracker. Reads the run, never changes it."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.console import Console, Progress
+from launch.records import append_records
+from launch.state import RunState
+from launch.tracker import Tracker
+
+
+@dataclass(kw_only=True, slots=True)
+class Watch:
+    """One run's audience."""
+
+    metrics: Path
+    console: Console
+    tracker: Tracker
+    device: torch.device
+    log_every: int
+    flops_per_step: int = 0
+    """FLOPs that one update executes."""
+    peak_flops: float | None = None
+    """FLOP/s that the utilisation is measured against."""
+    cycles: int | None = None
+    progress: Progress | None = None
+    _seconds: float = field(default=0.0, init=False)
+    _tokens: int = field(default=0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    def step(
+        self,
+        state: RunState,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        cycle: int | None,
+        tokens: int,
+        seconds: float,
+    ) -> None:
+        """Record one update, if its turn has come."""
+        self._seconds += seconds
+        self._tokens += tokens
+        self._steps += 1
+        state.peak_memory_bytes = max(state.peak_memory_bytes, peak_memory_bytes(self.device))
+        record: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(self._tokens / max(self._seconds, 1e-9), 1),
+            "memory_bytes": memory_bytes(self.device),
+        }
+        if cycle is not None:
+            record["cycle"] = cycle
+        if self.flops_per_step:
+            record["flops_per_second"] = round(self.flops_per_step * self._steps / max(self._seconds, 1e-9))
+            if self.peak_flops:
+                record["mfu"] = round(record["flops_per_second"] / self.peak_flops, 4)
+        if self.progress is not None:
+            self.progress.update(state.step, record, cycle=cycle, cycles=self.cycles)
+        if state.step % self.log_every == 0:
+            append_records(self.metrics, record)
+            self.tracker.log(record)
+            self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+    def event(self, name: str, step: int, **values: Any) -> None:
+        """Record something that happened once."""
+        record = {"event": name, "step": step, **values}
+        append_records(self.metrics, record)
+        self.tracker.event(record)
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        self.console.info(text)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use now: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_memory_bytes(device)
+    return pages * resource.getpagesize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory in use so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Stopwatch:
+    """Seconds since it was last read."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed

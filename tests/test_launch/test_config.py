@@ -1,0 +1,137 @@
+"""The one door: everything in conf/ composes and passes, and every mistake gets one clear message."""
+
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
+from typing import get_args, get_type_hints
+
+import pytest
+
+from launch import cli, exits, train
+from launch.config import CONF, TrainConfig, keys_of, load, resolved, to_typed
+from launch.usage import field_docs, train_help
+from relora.errors import ConfigError
+
+NEEDED = {
+    ("model", "pretrained"): ["model.name_or_path=some/folder"],
+    ("model", "custom"): ["model.config=some/config.json"],
+    ("data", "text"): ["data.path=[some.txt]"],
+}
+OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
+SECTIONS = {
+    section: next(entry for entry in (hint, *get_args(hint)) if is_dataclass(entry))
+    for section, hint in get_type_hints(TrainConfig).items()
+    if any(is_dataclass(entry) for entry in (hint, *get_args(hint)))
+}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_passes(group, option):
+    config = load([f"{group}={option}", *NEEDED.get((group, option), [])])
+    assert isinstance(config, TrainConfig)
+
+
+def test_the_presets_have_the_papers_shapes_and_batches():
+    sizes = {}
+    for name in ("60m", "130m", "250m", "350m", "1b"):
+        config = load([f"experiment=relora_{name}"])
+        shape, training = config.model.config, config.training
+        sizes[name] = (
+            shape["hidden_size"],
+            shape["num_hidden_layers"],
+            shape["intermediate_size"],
+            training.global_batch_size * config.data.sequence_length,
+            config.lora.rank,
+        )
+    assert sizes == {
+        "60m": (512, 8, 1376, 122_880, 128),
+        "130m": (768, 12, 2048, 153_600, 128),
+        "250m": (768, 24, 2560, 589_824, 128),
+        "350m": (1024, 24, 2736, 589_824, 128),
+        "1b": (2048, 24, 5461, 786_432, 128),
+    }
+
+
+def test_a_stored_configuration_is_read_back_as_it_was():
+    from omegaconf import OmegaConf
+
+    config = load(
+        ["lora.target_modules=[q_proj,v_proj]", "training.dtype=bf16", "relora.reset=random", "relora.prune_ratio=0.5"]
+    )
+    assert to_typed(OmegaConf.create(resolved(config))) == config
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_attribute_of_a_section_is_a_field_with_a_type_and_a_meaning(section):
+    owner = SECTIONS[section]
+    tree = ast.parse(inspect.getsource(owner)).body[0]
+    assigned = [t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    assert assigned == [], "a name without annotation is no field, and could not be set"
+    assert hasattr(owner, "__slots__"), "without slots a mistyped key would be accepted"
+    assert set(field_docs(owner)) == {entry.name for entry in fields(owner)}
+
+
+def test_the_help_names_every_key():
+    text = train_help()
+    assert [key for key in keys_of(resolved(load([]))) if key.count(".") == 1 and f"  {key}" not in text] == []
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["relora.evry=5"], "unknown key relora.evry: did you mean relora.every"),
+    (["+relora.evry=5"], "relora.evry"),
+    (["optimiser.lr=1"], "unknown key optimiser.lr: did you mean optimizer.lr"),
+    (["schedule=cosinus"], "schedule=cosinus is not an option: choose one of constant, cosine, linear, wsd"),
+    (["lora.rank=many"], "lora.rank"),
+    (["lora.rank=0"], "lora.rank must be at least 1, got 0"),
+    (["training.steps=1.5"], "training.steps"),
+    (["training.dtype=fp16"], "training.dtype"),
+    (["training.tokens=100"], "exactly one of training.steps and training.tokens"),
+    (["training.microbatch_size=3"], "training.microbatch_size must divide training.global_batch_size=8, got 3"),
+    (["training.stop_after=900"], "training.stop_after=900 has no effect"),
+    (["relora.prune_ratio=0.5"], "relora.prune_ratio"),
+    (["relora.reset=magnitude"], "relora.prune_ratio"),
+    (["relora.merge_precision=nearest"], "relora.merge_precision=nearest has no effect with training.dtype=fp32"),
+    (["relora.warm_start_steps=500"], "relora.warm_start_steps=500 leaves no low-rank step"),
+    (["relora=none", "relora.every=3"], "relora.every"),
+    (["lora=none", "lora.rank=3"], "lora.rank"),
+    (["relora=none", "schedule.anneal_steps=5"], "schedule.anneal_steps"),
+    (["parallel.zero_stage=2"], "parallel.zero_stage must be 0"),
+    (["lte=heads"], "lte=heads is not an option: choose one of none"),
+    (["model.name_or_path=x"], "exactly one of model.name_or_path and model.config, got both"),
+    (["schedule.warmup_steps=300"], "schedule.warmup_steps=300 must be below"),
+    (["evaluation.sequences=0"], "evaluation.sequences must be at least 1"),
+    (["checkpoint.keep=0"], "checkpoint.keep must be at least 1"),
+    (["run.name=a/b"], "run.name"),
+    (["training.steps"], "training.steps"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_one_line_that_names_key_value_and_rule(overrides, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(overrides) == exits.REFUSED
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_full_rank_training_turns_restarts_off():
+    assert load(["lora=none"]).relora is None
+    assert load(["relora=none"]).lora is not None
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["report", "--help"], ["prepare", "--help"],
+                                   ["evaluate", "--help"], ["export", "--help"]])  # fmt: skip
+def test_every_verb_explains_itself(words, capsys):
+    assert cli.main(words) == exits.DONE
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_is_refused_with_the_known_ones(capsys):
+    assert cli.main(["trian"]) == exits.REFUSED
+    assert "train" in capsys.readouterr().err
+
+
+def test_config_errors_are_value_errors():
+    with pytest.raises(ValueError, match=r"lora\.rank"):
+        load(["lora.rank=-1"])
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,229 @@
+"""Whole runs of the trainer, in this process."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch import exits, train
+from launch.config import load
+from launch.evaluate import evaluate_folder
+from launch.records import read_records
+from relora.convert import low_rank_modules
+from relora.spectrum import numerical_rank, singular_values
+
+TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
+
+
+def run(overrides, *more):
+    return train.main([*overrides, *more])
+
+
+def folder_of(overrides):
+    return Path(next(word.partition("=")[2] for word in reversed(overrides) if word.startswith("run.dir=")))
+
+
+def records(folder):
+    """Everything but clock readings and what tells of attempts."""
+    kept = [r for r in read_records(folder / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in kept]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture
+def undisturbed(tiny, tmp_path):
+    """The folder of an uninterrupted run."""
+    other = [*tiny, f"run.dir={tmp_path / 'undisturbed'}"]
+    assert run(other) == exits.DONE
+    return folder_of(other)
+
+
+def test_a_run_learns_restarts_and_leaves_everything_it_promises(tiny, tmp_path, capsys):
+    assert run(tiny) == exits.DONE
+    folder = folder_of(tiny)
+    assert "status: done" in capsys.readouterr().out
+    done = summary(folder)
+    assert {"status", "steps", "tokens", "train_loss", "val_loss", "val_perplexity", "restarts", "syncs",
+            "bytes_sent", "tokens_per_second", "peak_memory_bytes", "wall_seconds"} <= set(done)  # fmt: skip
+    assert (done["status"], done["steps"], done["restarts"]) == ("done", 20, 2)
+    assert done["tokens"] == 20 * 4 * 32
+    lines = read_records(folder / "metrics.jsonl")
+    steps = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes"} <= set(steps[0])
+    first = next(line for line in lines if line.get("event") == "evaluate" and line["step"] == 0)
+    assert first["val_loss"] == pytest.approx(math.log(257), abs=0.2)
+    assert done["val_loss"] < first["val_loss"] - 1.0
+    for name in ("config.yaml", "environment.json", "checkpoints/latest", "start/model.safetensors"):
+        assert (folder / name).is_file(), name
+
+
+def test_the_final_model_loads_alone_gives_the_same_loss_and_generates(tiny):
+    assert run(tiny) == exits.DONE
+    folder = folder_of(tiny)
+    config = load(tiny)
+    assert evaluate_folder(config, str(folder / "final"))["val_loss"] == pytest.approx(
+        summary(folder)["val_loss"], abs=1e-6
+    )
+    final = next(line for line in read_records(folder / "metrics.jsonl") if line.get("event") == "final")
+    assert abs(final["merge_difference"]) < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert not low_rank_modules(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    inputs = tokenizer("The ship", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0])
+    assert text.startswith("The ship")
+    assert len(text) > len("The ship")
+
+
+def test_stopped_twice_and_continued_ends_with_the_very_metrics_of_the_undisturbed_run(tiny, undisturbed):
+    assert run(tiny, "training.stop_after=3") == exits.PREEMPTED  # in the warm start
+    assert summary(folder_of(tiny))["status"] == "stopped"
+    assert run(tiny, "training.stop_after=13") == exits.PREEMPTED  # inside a cycle
+    assert run(tiny) == exits.DONE
+    assert records(folder_of(tiny)) == records(undisturbed)
+    ours, theirs = summary(folder_of(tiny)), summary(undisturbed)
+    assert all(ours[key] == theirs[key] for key in ("train_loss", "val_loss", "tokens", "restarts"))
+    weights = [load_file(folder / "final/model.safetensors") for folder in (folder_of(tiny), undisturbed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("more", [
+    ["training.dtype=bf16"],
+    ["training.dtype=bf16", "relora.merge_precision=stochastic"],
+    ["lora.dropout=0.2"],
+    ["relora.reset=magnitude", "relora.prune_ratio=0.9"],
+    ["relora=none"],
+    ["lora=none"],
+    ["training.microbatch_size=1"],
+], ids=" ".join)  # fmt: skip
+def test_every_kind_of_run_resumes_bitwise(tiny, tmp_path, more):
+    if more in (["relora=none"], ["lora=none"]):
+        tiny = [word for word in tiny if not word.startswith("relora.")]
+    if more == ["lora=none"]:
+        tiny = [word for word in tiny if not word.startswith("lora.")]
+    other = [*tiny, *more, f"run.dir={tmp_path / 'whole'}"]
+    assert run(other) == exits.DONE
+    assert run(tiny, *more, "training.stop_after=12") == exits.PREEMPTED
+    assert run(tiny, *more) == exits.DONE
+    assert records(folder_of(tiny)) == records(folder_of(other))
+
+
+def test_the_microbatch_is_only_a_memory_knob(tiny, undisturbed):
+    assert run(tiny, "training.microbatch_size=1") == exits.DONE
+    for ours, theirs in zip(records(folder_of(tiny)), records(undisturbed), strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_no_loss(tiny, undisturbed):
+    assert run(tiny, "training.activation_checkpointing=true") == exits.DONE
+    losses = [[r["loss"] for r in records(f) if "loss" in r] for f in (folder_of(tiny), undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_restarts_make_a_difference_and_plain_lora_stays_at_its_rank(tiny, tmp_path):
+    plain = [word for word in tiny if not word.startswith("relora.")]
+    ranks = {}
+    for name, words in (("relora", [*tiny, "relora.warm_start_steps=0"]), ("lora", [*plain, "relora=none"])):
+        assert run(words, f"run.dir={tmp_path / name}") == exits.DONE
+        start, final = (load_file(tmp_path / name / part / "model.safetensors") for part in ("start", "final"))
+        key = "model.layers.1.mlp.up_proj.weight"
+        ranks[name] = numerical_rank(singular_values(final[key] - start[key]), float(start[key].norm()), merges=4)
+    assert ranks["lora"] == 4
+    assert 4 < ranks["relora"] <= 4 * 4  # three restarts in 20 steps
+
+
+def test_a_finished_run_is_not_trained_again(tiny, capsys):
+    assert run(tiny) == exits.DONE
+    before = (folder_of(tiny) / "metrics.jsonl").read_bytes()
+    assert run(tiny) == exits.DONE
+    assert "done already" in capsys.readouterr().out
+    assert (folder_of(tiny) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_if_nothing_had_happened(tiny, undisturbed, capsys):
+    assert run(tiny, "training.stop_after=12") == exits.PREEMPTED
+    victim = folder_of(tiny) / "checkpoints/step_00000012/model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-10])
+    assert run(tiny) == exits.DONE
+    assert "damaged checkpoint" in (out := capsys.readouterr().out)
+    assert "step_00000012" in out
+    assert "resuming from step_00000008" in out
+    assert records(folder_of(tiny)) == records(undisturbed)
+
+
+def test_zero_steps_build_evaluate_and_write_the_untrained_model(tiny):
+    assert run(tiny, "training.steps=0", "relora.warm_start_steps=0") == exits.DONE
+    assert summary(folder_of(tiny))["val_loss"] == pytest.approx(math.log(257), abs=0.2)
+    start, final = (load_file(folder_of(tiny) / part / "model.safetensors") for part in ("start", "final"))
+    assert all(torch.equal(start[name], final[name]) for name in start)
+
+
+def test_tokens_decide_the_steps(tiny):
+    words = [word for word in tiny if not word.startswith("training.steps")]
+    assert run(words, "training.steps=null", f"training.tokens={20 * 4 * 32 - 1}", "training.stop_after=19") == 75
+    assert load([*words, "training.steps=null", f"training.tokens={20 * 4 * 32 + 1}"]).total_steps == 21
+
+
+def test_a_run_branches_off_a_checkpoint_of_another_one(tiny, undisturbed, capsys):
+    where = undisturbed / "checkpoints"
+    assert run(tiny, f"checkpoint.resume={where / 'step_00000020'}", "training.steps=25") == exits.DONE
+    assert "training.steps changes from 20 to 25" in capsys.readouterr().out
+    assert [r["step"] for r in records(folder_of(tiny)) if "event" not in r] == [21, 22, 23, 24, 25]
+    assert (folder_of(tiny) / "start/model.safetensors").read_bytes() == (
+        undisturbed / "start/model.safetensors"
+    ).read_bytes()
+
+
+def test_a_second_process_cannot_train_in_the_same_folder(tiny, capsys):
+    from launch.run_folder import locked
+
+    with locked(folder_of(tiny)):
+        assert run(tiny) == exits.REFUSED
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_with_one_message_and_the_run_continues_later(tiny, undisturbed, monkeypatch, capsys):
+    from parallel import checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 6:  # the third checkpoint: three files each
+            raise OSError(28, "No space left on device")
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert run(tiny) == exits.REFUSED
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 12 could not be written" in error
+    monkeypatch.undo()
+    assert run(tiny) == exits.DONE
+    assert records(folder_of(tiny)) == records(undisturbed)
+
+
+def test_a_spike_is_skipped_reported_and_too_many_end_the_run(tiny, monkeypatch, capsys):
+    from launch import loop
+
+    real, count = loop.accumulate, []
+
+    def spiky(*args, **kwargs):
+        count.append(1)
+        loss = real(*args, **kwargs)
+        return math.nan if len(count) in (7, 9, 10) else loss
+
+    monkeypatch.setattr(loop, "accumulate", spiky)
+    assert run(tiny, "training.max_skips=3") == exits.FAILED
+    skips = [r for r in records(folder_of(tiny)) if r.get("event") == "skip"]
+    assert [r["step"] for r in skips] == [7, 9, 10]
+    assert "3 of the last 128 updates were refused" in capsys.readouterr().err
