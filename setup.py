@@ -26,7 +26,7 @@ setup(
         "safetensors>=0.5",
         "peft>=0.18",
         "hydra-core>=1.3.2,<1.4",
-        "wandb>=0.21",
+        "wandb>=0.31",
         "PyYAML>=6",
         "rich>=13.7",
         "matplotlib>=3.8",

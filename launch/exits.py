@@ -22,7 +22,7 @@ def run(command: Callable[[], int]) -> int:
         return _say(error, REFUSED)
     except TrainingDiverged as error:
         return _say(error, FAILED)
-    except OSError as error:
+    except Exception as error:
         if not is_disk_error(error):
             raise
         return _say(f"{error}. Free some space or name another folder; checkpoints are untouched", REFUSED)

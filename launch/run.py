@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from continual.data import Data
 from launch.config import TrainConfig, resolved
+from launch.flops import count_step_flops
 from launch.guard import Guard
 from launch.model import build_model, save_model
+from launch.objective import summed_loss
 from launch.run_folder import RunFolder
 from launch.signals import StopRequest
 from launch.spectra import Spectra
@@ -105,6 +107,7 @@ def hand_over(run: Run) -> None:
     for name, (master, _) in kept.items():
         parameters[name].data = master.to(run.device)
     run.conversion = make_phase(run.model, run.config, run.device, low_rank=True)
+    run.watch.flops_per_step = step_flops(run.model, run.data, run.config, run.device)
     run.engine = make_engine(run.model, run.config)
     _restore(run, {name: kept[name] for name, _ in _trainable(run.model) if name in kept})
     save_start(run)
@@ -182,6 +185,15 @@ def build(
     if config.lora is not None:
         planned_layers(model, config.lora)  # a target that fits nothing must not wait for the end of a warm start
     return model, make_phase(model, config, device, low_rank=low_rank_at(config, state.step))
+
+
+def step_flops(model: nn.Module, data: Data, config: TrainConfig, device: torch.device) -> int:
+    """FLOPs that one update executes, counted on one microbatch; before an engine or a compiler has the model."""
+    batch = data.train.batch(0, config.training.microbatch)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        flops = count_step_flops(lambda: summed_loss(model, batch, device).backward())
+    model.zero_grad(set_to_none=True)
+    return flops * (config.training.global_batch_size // config.training.microbatch)
 
 
 def _restore(run: Run, kept: Kept) -> None:

@@ -80,6 +80,16 @@ class RunFolder:
         for records in (self.metrics, self.spectra):
             truncate_records(records, step if self.resume else -1)
 
+    @property
+    def tracker_id(self) -> str | None:
+        """The tracker's id of this run, so that every attempt at it appears as one."""
+        path = self.path / "tracker_id"
+        return path.read_text(encoding="ascii").strip() if path.exists() else None
+
+    def write_tracker_id(self, run_id: str) -> None:
+        """Keep the tracker's id for later attempts."""
+        write_atomically(self.path / "tracker_id", run_id + "\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json."""
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -34,8 +34,6 @@ class RunState:
     """Lowest validation loss among the checkpoints written at a validated step."""
     best_checkpoint: str | None = None
     """Folder name of that checkpoint."""
-    tracker_run_id: str | None = None
-    """The tracker's id, so that a resumed run goes on in the same one."""
     train_seconds: float = 0.0
     """Wall time inside the loop, over all attempts that led here."""
     peak_memory_bytes: int = 0

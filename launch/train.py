@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -15,12 +16,12 @@ from launch import exits
 from launch.config import TrainConfig, load, resolved
 from launch.console import Console, make_console
 from launch.environment import environment
-from launch.flops import count_step_flops, peak_flops
+from launch.flops import peak_flops
 from launch.guard import Guard
 from launch.loop import evaluate, train, validation_loss
 from launch.model import model_config, save_model
-from launch.objective import summed_loss
 from launch.prepare import following, show_data
+from launch.report import report
 from launch.run import (
     Run,
     adopt_start,
@@ -30,6 +31,7 @@ from launch.run import (
     make_engine,
     masters,
     save_start,
+    step_flops,
 )
 from launch.run_folder import RunFolder, default_folder, find, locked
 from launch.signals import StopRequest, listening
@@ -90,9 +92,9 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
     if resume:
         _check_data(folder, data)
     model, conversion = build(config, data, hf_config, device, state, weights=resume is None)
-    flops = _step_flops(model, data, config, device)
+    flops = step_flops(model, data, config, device)
     folder.begin(config, environment(device), step=state.step)
-    watch = _watch(config, folder, console, device, state, flops)
+    watch = _watch(config, folder, console, device, flops)
     run = Run(
         config=config,
         folder=folder,
@@ -141,6 +143,9 @@ def execute(run: Run) -> int:
     summary = finish(run)
     run.folder.write_summary(summary)
     watch.tracker.summary(summary)
+    if watch.tracker.run_id is not None:
+        pictures = report([run.folder.path], run.folder.path / "report")
+        watch.tracker.figures({picture.stem: picture for picture in pictures if picture.suffix == ".png"})
     watch.tracker.finish(exits.DONE)
     watch.say(
         f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.3f}, "
@@ -155,6 +160,8 @@ def finish(run: Run) -> dict[str, Any]:
     state, config = run.state, run.config
     live_loss = state.val_loss if state.val_step == state.step else evaluate(run)
     assert live_loss is not None
+    if run.spectra is not None and state.step > 0:
+        run.spectra.measure(run.model, state.step, state.restarts + 1)  # the last cycle's, which final/ folds in
     val_loss = live_loss
     if config.run.save_final:
         final = run.folder.path / "final"
@@ -193,6 +200,8 @@ def _written_loss(run: Run) -> float:
 def _set_numerics(config: TrainConfig) -> None:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with fixed workspaces
     torch.use_deterministic_algorithms(config.run.deterministic)
 
 
@@ -206,32 +215,23 @@ def _check_data(folder: RunFolder, data: Data) -> None:
         )
 
 
-def _step_flops(model: Any, data: Data, config: TrainConfig, device: torch.device) -> int:
-    """FLOPs that one update executes, counted on one microbatch before the engine takes the model over."""
-    batch = data.train.batch(0, config.training.microbatch)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        flops = count_step_flops(lambda: summed_loss(model, batch, device).backward())
-    model.zero_grad(set_to_none=True)
-    return flops * (config.training.global_batch_size // config.training.microbatch)
-
-
 def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     if config.lora is None or not config.run.save_start or config.evaluation.spectra.value == "none":
         return None
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
 
 
-def _watch(
-    config: TrainConfig, folder: RunFolder, console: Console, device: torch.device, state: RunState, flops: int
-) -> Watch:
+def _watch(config: TrainConfig, folder: RunFolder, console: Console, device: torch.device, flops: int) -> Watch:
     tracker = open_tracker(
         config.tracker,
         run_dir=folder.path,
         run_name=config.run.name,
         resolved=resolved(config),
-        run_id=state.tracker_run_id,
+        run_id=folder.tracker_id,
+        say=console.info,
     )
-    state.tracker_run_id = tracker.run_id
+    if tracker.run_id is not None:
+        folder.write_tracker_id(tracker.run_id)
     peak = config.training.peak_flops or peak_flops(device, config.torch_dtype)[0]
     cycles = None
     if config.relora is not None:

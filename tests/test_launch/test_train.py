@@ -227,3 +227,76 @@ def test_a_spike_is_skipped_reported_and_too_many_end_the_run(tiny, monkeypatch,
     skips = [r for r in records(folder_of(tiny)) if r.get("event") == "skip"]
     assert [r["step"] for r in skips] == [7, 9, 10]
     assert "3 of the last 128 updates were refused" in capsys.readouterr().err
+
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 1, "tie_word_embeddings": "true"},
+    "gpt_neox": {},
+    "qwen2": {"num_key_value_heads": 1},
+    "mistral": {"num_key_value_heads": 1},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "gpt2": {"hidden_size": None, "intermediate_size": None, "num_hidden_layers": None, "num_attention_heads": None,
+             "n_embd": 32, "n_layer": 2, "n_head": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_family_trains_restarts_and_is_exported_without_loss(tiny, family, dtype):
+    wanted = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wanted |= {"model_type": family, "max_position_embeddings": 64} | FAMILIES[family]
+    if family == "gpt2":
+        wanted["max_position_embeddings"] = None
+    values = ",".join(f"{key}:{value}" for key, value in wanted.items() if value is not None)
+    words = [word for word in tiny if not word.startswith("model.config")]
+    assert run(words, "model=custom", f"model.config={{{values}}}", f"training.dtype={dtype}") == exits.DONE
+    folder = folder_of(tiny)
+    lines = read_records(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line and "event" not in line]
+    assert losses[-1] < losses[0] - 0.5
+    final = next(line for line in lines if line.get("event") == "final")
+    assert abs(final["merge_difference"]) < (1e-5 if dtype == "fp32" else 2e-2)
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    assert model.config.model_type == family
+
+
+def test_continued_pre_training_starts_from_the_given_weights(tiny, undisturbed, tmp_path):
+    words = [word for word in tiny if not word.startswith("model.config")]
+    more = ["model=pretrained", f"model.name_or_path={undisturbed / 'final'}"]
+    assert run(words, *more) == exits.DONE
+    before = next(r for r in records(folder_of(tiny)) if r.get("event") == "evaluate")
+    assert before["val_loss"] == pytest.approx(summary(undisturbed)["val_loss"], abs=1e-6)
+    assert summary(folder_of(tiny))["val_loss"] < before["val_loss"]
+
+
+def test_spectra_are_measured_at_each_restart_and_at_the_end(tiny):
+    assert run(tiny, "evaluation.spectra=all") == exits.DONE
+    lines = read_records(folder_of(tiny) / "spectra.jsonl")
+    assert sorted({(line["step"], line["restart"]) for line in lines}) == [(10, 1), (15, 2), (20, 3)]
+    assert len({line["module"] for line in lines}) == 14
+    for line in lines:
+        assert 1 <= line["numerical_rank"] <= 4 * line["restart"]
+    last = [line["numerical_rank"] for line in lines if line["restart"] == 3]
+    assert max(last) > 4
+
+
+def test_the_executed_flops_fall_when_the_warm_start_ends(tiny):
+    assert run(tiny) == exits.DONE
+    lines = [r for r in read_records(folder_of(tiny) / "metrics.jsonl") if "flops_per_second" in r]
+    tokens = 4 * 32
+    per_step = [line["flops_per_second"] / line["tokens_per_second"] * tokens for line in lines]
+    assert per_step[0] > 0
+    assert per_step[-1] != pytest.approx(per_step[0], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny, undisturbed):
+    import shutil
+
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none")
+    assert run(tiny, "training.compile=true") == exits.DONE
+    losses = [[r["loss"] for r in records(f) if "loss" in r] for f in (folder_of(tiny), undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
