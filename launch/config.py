@@ -194,6 +194,13 @@ class TrainConfig:
         """Full-rank updates before low-rank training."""
         return self.relora.warm_start_steps if self.relora is not None else 0
 
+    def peak_lr(self, step: int) -> float:
+        """Learning rate that the schedule multiplies for the update that follows the first `step` updates."""
+        in_warm_start = self.relora is not None and step < self.relora.warm_start_steps
+        if in_warm_start and self.relora is not None and self.relora.warm_start_lr is not None:
+            return self.relora.warm_start_lr
+        return self.optimizer.lr
+
     @property
     def restarts(self) -> Restarts | None:
         """When the learning rate restarts, as the schedule wants it."""

@@ -47,9 +47,10 @@ def update(run: Run, clock: Stopwatch) -> None:
     config, state = run.config, run.state
     size = config.training.global_batch_size
     scale = multiplier(state.step, config.schedule, total_steps=config.total_steps, restarts=config.restarts)
+    lr = config.peak_lr(state.step) * scale
     batch = run.data.train.batch(state.position, size)
     loss = accumulate(run.engine, batch, microbatch_size=config.training.microbatch, device=run.device)
-    result = run.engine.step(scale, lambda norm: run.guard.objection(state, loss=loss, grad_norm=norm))
+    result = run.engine.step(lr, lambda norm: run.guard.objection(state, loss=loss, grad_norm=norm))
     state.advance(sequences=size, tokens=size * config.data.sequence_length)
     if math.isfinite(loss):
         state.train_loss = loss
@@ -60,7 +61,7 @@ def update(run: Run, clock: Stopwatch) -> None:
     run.watch.step(
         state,
         loss=loss,
-        lr=config.optimizer.lr * scale,
+        lr=lr,
         grad_norm=result.grad_norm,
         cycle=cycle,
         tokens=size * config.data.sequence_length,

@@ -79,7 +79,6 @@ def make_engine(model: nn.Module, config: TrainConfig) -> Engine:
     return Engine(
         model,
         parameter_groups(model, config.optimizer),
-        lr=config.optimizer.lr,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
         microbatch_size=config.training.microbatch,

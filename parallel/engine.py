@@ -85,7 +85,6 @@ class Engine:
         model: nn.Module,
         groups: Sequence[dict[str, Any]],
         *,
-        lr: float,
         betas: tuple[float, float],
         eps: float,
         microbatch_size: int,
@@ -93,9 +92,8 @@ class Engine:
     ) -> None:
         trainable = [parameter for group in groups for parameter in group["params"]]
         bf16 = trainable[0].dtype == torch.bfloat16
-        self._lr = lr
         self._clip_here = 0.0 if bf16 else max_grad_norm
-        self._optimizer = _GatedAdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)
+        self._optimizer = _GatedAdamW(list(groups), betas=betas, eps=eps, fused=True)
         self._optimizer.gate = self._may_update
         self._admit: Callable[[float], str | None] = lambda norm: None
         self._result: StepResult | None = None
@@ -112,15 +110,15 @@ class Engine:
         """Add the gradients of one microbatch's share of the step's loss."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, multiplier: float, admit: Callable[[float], str | None]) -> StepResult:
+    def step(self, lr: float, admit: Callable[[float], str | None]) -> StepResult:
         """Clip, ask `admit` with the gradient norm, update unless it names a reason not to, clear gradients.
 
         Args:
-            multiplier: of every group's learning rate for this update.
+            lr: every group's learning rate for this update.
             admit: called once with the gradient norm; returns a reason to refuse the update, or None.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * multiplier
+            group["lr"] = lr
         self._admit, self._result = admit, None
         self._engine.step()
         if self._result is None:  # DeepSpeed refused by itself: the norm was not finite

@@ -51,6 +51,9 @@ def world_size_of(environment: dict[str, str]) -> int:
 def start() -> Iterator[Runtime]:
     """Open the process group for the length of a run, and always close it.
 
+    Inside another `start` it is joined and left open: DeepSpeed keeps groups for the life of a process, so several
+    runs in one process must share one.
+
     Raises:
         ConfigError: more than one process was started.
     """
@@ -61,12 +64,16 @@ def start() -> Iterator[Runtime]:
             "start it with --nproc_per_node 1 or with plain python"
         )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    here = Runtime(process_rank=0, world_size=1, device=device)
+    if dist.is_initialized():
+        yield here
+        return
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        yield Runtime(process_rank=0, world_size=1, device=device)
+        yield here
     finally:
         dist.destroy_process_group()

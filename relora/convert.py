@@ -139,6 +139,17 @@ class Conversion:
         return self.table
 
 
+def planned_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.Module, int]]:
+    """Return the layers that a conversion would match, with their adapter ranks; nothing is changed.
+
+    Raises: ConfigError when a target or a rank fits no layer.
+    """
+    targets = find_targets(model, config.target_modules)
+    ranks = {name: config.rank_of(name) for name in targets}
+    check_ranks(targets, ranks, config.rank_pattern)
+    return {name: (module, ranks[name]) for name, module in targets.items()}
+
+
 def to_low_rank(
     model: nn.Module,
     config: LoraConfig,
@@ -151,11 +162,7 @@ def to_low_rank(
 
     Raises: ConfigError when a target or a rank fits no layer.
     """
-    targets = find_targets(model, config.target_modules)
-    ranks = {name: config.rank_of(name) for name in targets}
-    check_ranks(targets, ranks, config.rank_pattern)
-    for name, module in targets.items():
-        rank = ranks[name]
+    for name, (module, rank) in planned_layers(model, config).items():
         layer = LowRankLinear.from_module(module, adapter_rank=rank, scaling=config.scale(rank), dropout=config.dropout)
         drawn = draw_down(name, (rank, layer.in_features), seed=seed, head=head)
         layer.down.data.copy_(drawn)

@@ -36,6 +36,8 @@ class ReloraConfig:
     """Share of the Adam state that `magnitude` and `random` remove."""
     warm_start_steps: int = 0
     """Full-rank steps before the first cycle."""
+    warm_start_lr: float | None = None
+    """Peak learning rate of the warm start; null: optimizer.lr. Low-rank training wants about twice the full-rank rate."""
     merge_precision: MergePrecision = MergePrecision.split
     """How a bfloat16 base weight takes up a merge: split, stochastic or nearest; no matter in float32."""
 
@@ -45,6 +47,8 @@ class ReloraConfig:
             raise ConfigError(f"relora.every must be at least 1 step, got {self.every}")
         if self.warm_start_steps < 0:
             raise ConfigError(f"relora.warm_start_steps must not be negative, got {self.warm_start_steps}")
+        if self.warm_start_lr is not None and not self.warm_start_lr > 0:
+            raise ConfigError(f"relora.warm_start_lr must be above 0 (or null), got {self.warm_start_lr}")
         if self.reset in _PRUNING:
             if self.prune_ratio is None:
                 raise ConfigError(

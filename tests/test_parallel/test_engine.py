@@ -9,7 +9,8 @@ from parallel.engine import Engine, ParallelConfig, deepspeed_config
 from relora.errors import ConfigError
 from relora.optimizer import Moments
 
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+LR = 1e-2
+SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def make_model(dtype=torch.float32):
@@ -38,13 +39,13 @@ def inputs(count, dtype=torch.float32):
 def run_step(engine, batches, multiplier=1.0, admit=lambda norm: None):
     for x in batches:
         engine.backward(engine(input=x).float().square().mean() / len(batches))
-    return engine.step(multiplier, admit)
+    return engine.step(LR * multiplier, admit)
 
 
 def test_an_fp32_step_equals_plain_adamw_with_clipping_accumulation_and_the_given_rate(runtime):
     model = make_model()
     plain = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(make_groups(plain), **SETTINGS)
+    optimizer = torch.optim.AdamW(make_groups(plain), lr=LR, **SETTINGS)
     engine = make_engine(model)
     batches = inputs(6)
     for index, multiplier in enumerate((0.5, 1.0)):
@@ -54,7 +55,7 @@ def test_an_fp32_step_equals_plain_adamw_with_clipping_accumulation_and_the_give
             (plain(x).square().mean() / 3).backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
         for group in optimizer.param_groups:
-            group["lr"] = SETTINGS["lr"] * multiplier
+            group["lr"] = LR * multiplier
         optimizer.step()
         optimizer.zero_grad()
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-6)
