@@ -195,7 +195,7 @@ def test_what_is_saved_here_loads_in_peft_and_comes_back_unchanged(build, tokens
 
 def test_targets_keep_their_whole_names_where_the_last_part_says_too_much(build, tokens, tmp_path):
     model = converted(build(), target_modules=r".*layers\.0.*q_proj")
-    (name, layer), = low_rank_modules(model).items()
+    ((name, layer),) = low_rank_modules(model).items()
     nn.init.normal_(layer.up)
     save_adapter(tmp_path, build(), {name: (layer.down, layer.up)}, alpha=8, rslora=False, base=tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [name]
