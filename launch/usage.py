@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from launch.config import CONF, TrainConfig
+import yaml
+
+from launch.config import CONF, TrainConfig, load, resolved
 
 _HEAD = """\
 usage: accrete train [group=option ...] [section.key=value ...]
@@ -38,21 +40,31 @@ def train_help() -> str:
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         parts.append(textwrap.fill(f"  {folder.name:<12}{options}", 110, subsequent_indent=" " * 14))
-    parts.append("\nkeys (section.key=value):")
+    parts.append("\nkeys (section.key=value), with the values of a run without arguments:")
+    values = resolved(load([]))
     for section, hint in get_type_hints(TrainConfig).items():
         owner = next((entry for entry in (hint, *get_args(hint)) if is_dataclass(entry)), None)
         if owner is not None:
-            parts.append("\n".join(_keys(section, owner)))
+            parts.append("\n".join(_keys(section, owner, values[section] or {})))
     return "\n".join(parts)
 
 
-def _keys(section: str, owner: Any) -> list[str]:
+def _keys(section: str, owner: Any, values: dict[str, Any]) -> list[str]:
     meanings = field_docs(owner)
     lines = [f"\n{section}: {(owner.__doc__ or '').strip()}"]
     for entry in fields(owner):
-        text = f"  {section}.{entry.name}"
-        lines.append(textwrap.fill(f"{text:<40}{meanings.get(entry.name, '')}", 110, subsequent_indent=" " * 40))
+        head = f"  {section}.{entry.name}"
+        if entry.name in values:
+            head += f"={_written(values[entry.name])}"
+        lines.append(head)
+        lines.append(textwrap.indent(textwrap.fill(meanings[entry.name], 104), " " * 6))
     return lines
+
+
+def _written(value: Any) -> str:
+    """A value as a command line would give it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
 
 
 def field_docs(owner: type) -> dict[str, str]:

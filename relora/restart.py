@@ -37,7 +37,7 @@ class ReloraConfig:
     warm_start_steps: int = 0
     """Full-rank steps before the first cycle."""
     warm_start_lr: float | None = None
-    """Peak learning rate of the warm start; null: optimizer.lr. Low-rank training wants about twice the full-rank rate."""
+    """Peak learning rate of the warm start; null: optimizer.lr, though low-rank training wants about twice as much."""
     merge_precision: MergePrecision = MergePrecision.split
     """How a bfloat16 base weight takes up a merge: split, stochastic or nearest; no matter in float32."""
 

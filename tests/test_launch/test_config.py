@@ -34,7 +34,7 @@ def test_every_option_composes_and_passes(group, option):
 def test_the_presets_have_the_papers_shapes_and_batches():
     sizes = {}
     for name in ("60m", "130m", "250m", "350m", "1b"):
-        config = load([f"experiment=relora_{name}"])
+        config = load([f"experiment=relora_llama_{name}"])
         shape, training = config.model.config, config.training
         sizes[name] = (
             shape["hidden_size"],
@@ -98,7 +98,7 @@ def test_the_help_names_every_key():
     (["parallel.zero_stage=2"], "parallel.zero_stage must be 0"),
     (["lte=heads"], "lte=heads is not an option: choose one of none"),
     (["model.name_or_path=x"], "exactly one of model.name_or_path and model.config, got both"),
-    (["schedule.warmup_steps=300"], "schedule.warmup_steps=300 must be below"),
+    (["schedule.warmup_steps=500"], "schedule.warmup_steps=500 must be below"),
     (["evaluation.sequences=0"], "evaluation.sequences must be at least 1"),
     (["checkpoint.keep=0"], "checkpoint.keep must be at least 1"),
     (["run.name=a/b"], "run.name"),
