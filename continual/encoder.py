@@ -4,7 +4,6 @@ A document is its tokens and one end-of-sequence token. Text never makes special
 `<eos>` is encoded as these characters.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -38,12 +37,16 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> list[TokenArray]:
         """The tokens of each document, with its end."""
-        ids: Iterable[Any]
         if self.definition:
-            ids = (encoding.ids for encoding in _backend(self.definition).encode_batch_fast(texts, False))
-        else:
-            ids = (np.frombuffer(text.encode(), np.uint8) for text in texts)
-        return [np.array([*one, self.eos], self.dtype) for one in ids]
+            encodings = _backend(self.definition).encode_batch_fast(texts, add_special_tokens=False)
+            return [self._ended(encoding.ids) for encoding in encodings]
+        return [self._ended(np.frombuffer(text.encode(), np.uint8)) for text in texts]
+
+    def _ended(self, ids: npt.ArrayLike) -> TokenArray:
+        ids = np.asarray(ids, self.dtype)
+        ended = np.full(len(ids) + 1, self.eos, self.dtype)
+        ended[:-1] = ids
+        return ended
 
 
 @lru_cache(maxsize=1)

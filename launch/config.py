@@ -224,6 +224,11 @@ def check(config: TrainConfig) -> None:
             f"relora.warm_start_steps={config.warm_start_steps} leaves no low-rank step of "
             f"training.steps={steps}: raise training.steps or lower it"
         )
+    if config.lora is not None and config.lora.init_from is not None and config.warm_start_steps > 0:
+        raise ConfigError(
+            f"lora.init_from={config.lora.init_from} belongs to the weights that the run starts with, not to those "
+            f"after relora.warm_start_steps={config.warm_start_steps}: set that to 0"
+        )
     if config.relora is not None and config.training.dtype is Dtype.fp32:
         precision = config.relora.merge_precision.value
         if precision != "split":

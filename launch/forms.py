@@ -1,5 +1,6 @@
 """What a checkpoint can be written as: a merged model, this cycle's adapter with its base, an SVD of the update."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -61,13 +62,11 @@ def check_form(form: Form, source: Source, rank: int | None) -> None:
                 f"export.to=svd compares with {source.run_dir / 'start'}, which does not exist (run.save_start=false "
                 "leaves it out): use export.to=model or export.to=adapter"
             )
+        wanted = rank or source.config.lora.rank
         for name in source.snapshot.layers:
-            limit = min(source.snapshot.layer_shape(name))
-            if (rank or source.config.lora.rank) > limit:
-                raise ConfigError(
-                    f"export.rank must be at most min(in, out) = {limit} of {name}, got "
-                    f"{rank or source.config.lora.rank}"
-                )
+            limit = source.snapshot.largest_rank(name)
+            if wanted > limit:
+                raise ConfigError(f"export.rank must be at most min(in, out) = {limit} of {name}, got {wanted}")
 
 
 def write_model(source: Source, folder: Path, dtype: torch.dtype, *, merged: bool = True) -> None:
@@ -134,9 +133,9 @@ def _start_of(source: Source) -> Callable[[str], Tensor]:
 
 
 def _show(rows: list[tuple[str, float, float]], rank: int, dense: int, console: Console) -> None:
-    lines = [(name, norm, rest / norm if norm else 0.0) for name, norm, rest in rows]
-    console.table(f"update since start/, cut to rank {rank}", ("layer", "norm", "residual"), lines)
-    norm, rest = (sum(row[place] ** 2 for row in rows) ** 0.5 for place in (1, 2))
-    console.info(f"overall: norm {norm:.6g}, relative residual {rest / norm if norm else 0.0:.3g}")
+    norm, rest = (math.hypot(*column) for column in ([row[1] for row in rows], [row[2] for row in rows]))
+    rows = [*rows, ("all", norm, rest)]
+    lines = [(name, size, left, left / size if size else 0.0) for name, size, left in rows]
+    console.table(f"update since start/, cut to rank {rank}", ("layer", "norm", "left out", "share"), lines)
     if dense:
         console.info(f"{dense} dense tensors changed and are carried whole")

@@ -118,11 +118,12 @@ def save_model(
     if partial.exists():
         shutil.rmtree(partial)
     use_cache, model.config.use_cache = model.config.use_cache, True
-    model.config.dtype = dtype
     if model.generation_config is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
         model.save_pretrained(partial, state_dict=merged_state_dict(model, masters=masters, dtype=dtype))
+        model.config.dtype = dtype  # the model's own was written, and loading would cast to it
+        model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,10 +7,11 @@ training. A phase is an engine; changing phase builds a new one and carries weig
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from continual.data import Data
 from launch.config import TrainConfig, resolved
@@ -25,6 +26,7 @@ from launch.state import RunState
 from launch.watch import Watch
 from parallel.checkpoint import Checkpoint, prune_checkpoints, step_name, write_checkpoint
 from parallel.engine import Engine
+from relora.adapter import load_adapter_
 from relora.convert import Conversion, planned_layers, prepare_base_, to_low_rank
 from relora.errors import ConfigError
 from relora.optimizer import Moments, parameter_groups
@@ -173,17 +175,24 @@ def adopt_start(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def build(
-    config: TrainConfig, data: Data, hf_config: Any, device: torch.device, state: RunState, *, weights: bool
-) -> tuple[nn.Module, Conversion | None]:
-    """The model of the phase that `state` is in.
+    config: TrainConfig, hf_config: PretrainedConfig, device: torch.device, state: RunState, *, fresh: bool
+) -> tuple[nn.Module, Conversion | None, str | None]:
+    """The model of the phase that `state` is in, and what an adapter brought into it.
 
     Args:
-        weights: whether pre-trained weights are needed; a checkpoint brings its own.
+        fresh: whether pre-trained weights and lora.init_from are wanted; a checkpoint brings its own.
+
+    Raises:
+        ConfigError: a target or rank fits no layer, or the adapter does not fit.
     """
-    model = build_model(config.model, hf_config, seed=config.run.seed, weights=weights)
+    model = build_model(config.model, hf_config, seed=config.run.seed, weights=fresh)
     if config.lora is not None:
         planned_layers(model, config.lora)  # a target that fits nothing must not wait for the end of a warm start
-    return model, make_phase(model, config, device, low_rank=low_rank_at(config, state.step))
+    conversion = make_phase(model, config, device, low_rank=low_rank_at(config, state.step))
+    adapter = None
+    if fresh and config.lora is not None and config.lora.init_from is not None:
+        adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
+    return model, conversion, adapter
 
 
 def step_flops(model: nn.Module, data: Data, config: TrainConfig, device: torch.device) -> int:

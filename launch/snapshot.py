@@ -6,6 +6,7 @@ together one by one from what the optimizer holds, so that their weights are tho
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -33,8 +34,7 @@ class Snapshot:
         Raises: ConfigError when the checkpoint is not of this model.
         """
         self._lora = lora
-        self._model = safe_open(checkpoint.folder / "model.safetensors", framework="pt")
-        self._optimizer = safe_open(checkpoint.folder / "optimizer.safetensors", framework="pt")
+        self._model, self._optimizer = (_opened(checkpoint.folder, kind) for kind in ("model", "optimizer"))
         self._stored, self._optimized = set(self._model.keys()), set(self._optimizer.keys())
         with torch.device("meta"):
             self.skeleton: nn.Module = AutoModelForCausalLM.from_config(hf_config)
@@ -66,9 +66,9 @@ class Snapshot:
         """Whether a layer's weight is (in, out)."""
         return isinstance(self.skeleton.get_submodule(layer), Conv1D)
 
-    def layer_shape(self, layer: str) -> torch.Size:
-        """Shape of a layer's weight."""
-        return self._plain[f"{layer}.weight"].shape
+    def largest_rank(self, layer: str) -> int:
+        """The smaller dimension of a layer's weight."""
+        return int(min(self._plain[f"{layer}.weight"].shape))
 
     def layer(self, name: str) -> LowRankLinear:
         """A low-rank layer, without its bias."""
@@ -120,3 +120,7 @@ class Snapshot:
             here, there = list(self._plain[name].shape), self._model.get_slice(name).get_shape()
             if here != there:
                 raise ConfigError(f"{folder} is of another model than run.dir: {name} is {there} there and {here} here")
+
+
+def _opened(folder: Path, kind: str) -> Any:
+    return safe_open(folder / f"{kind}.safetensors", framework="pt")

@@ -91,7 +91,7 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
     state = RunState.from_dict(resume.state["run"]) if resume else RunState()
     if resume:
         _check_data(folder, data)
-    model, conversion = build(config, data, hf_config, device, state, weights=resume is None)
+    model, conversion, adapter = build(config, hf_config, device, state, fresh=resume is None)
     flops = step_flops(model, data, config, device)
     folder.begin(config, environment(device), step=state.step)
     watch = _watch(config, folder, console, device, flops)
@@ -114,6 +114,8 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
         conversion=conversion,
     )
     _introduce(run)
+    if adapter is not None:
+        watch.say(f"lora.init_from: {adapter}")
     if resume:
         load_checkpoint(run, resume)
         adopt_start(run, resume)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,24 @@ def test_continued_pre_training_starts_from_the_given_weights(tiny, undisturbed,
     assert summary(folder_of(tiny))["val_loss"] < before["val_loss"]
 
 
+def test_a_run_starts_from_a_peft_adapter(tiny, undisturbed, tmp_path, capsys):
+    from launch import export
+
+    adapter = tmp_path / "adapter"
+    assert export.main([f"run.dir={undisturbed}", "export.to=adapter", f"export.out={adapter}"]) == exits.DONE
+    words = [word for word in tiny if not word.startswith("model.config")]
+    words += ["model=pretrained", f"model.name_or_path={adapter / 'base'}", f"lora.init_from={adapter}"]
+    assert run(words) == exits.REFUSED
+    assert "relora.warm_start_steps=5: set that to 0" in capsys.readouterr().err
+    words += ["relora.warm_start_steps=0", "lora.alpha=16"]
+    assert run(words, "training.stop_after=7") == exits.PREEMPTED
+    assert "14 layers start from the adapter" in capsys.readouterr().out
+    before = next(r for r in records(folder_of(tiny)) if r.get("event") == "evaluate")
+    assert before["val_loss"] == pytest.approx(summary(undisturbed)["val_loss"], abs=1e-5)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert run(words) == exits.DONE, "a checkpoint brings its own factors"
+
+
 def test_spectra_are_measured_at_each_restart_and_at_the_end(tiny):
     assert run(tiny, "evaluation.spectra=all") == exits.DONE
     lines = read_records(folder_of(tiny) / "spectra.jsonl")
@@ -293,8 +312,6 @@ def test_the_executed_flops_fall_when_the_warm_start_ends(tiny):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny, undisturbed):
-    import shutil
-
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU, and there is none")
     assert run(tiny, "training.compile=true") == exits.DONE
