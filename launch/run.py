@@ -6,7 +6,7 @@ training. A phase is an engine; changing phase builds a new one and carries weig
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -111,7 +111,19 @@ def hand_over(run: Run) -> None:
     run.watch.flops_per_step = step_flops(run.model, run.data, run.config, run.device)
     run.engine = make_engine(run.model, run.config)
     _restore(run, {name: kept[name] for name, _ in _trainable(run.model) if name in kept})
+    show_model(run)
     save_start(run)
+
+
+def show_model(run: Run) -> None:
+    """Print what of the model is low-rank, what trains dense and what is frozen."""
+    trainable = sum(parameter.numel() for _, parameter in _trainable(run.model))
+    if run.conversion is None:
+        run.watch.say(f"full rank: {trainable:,} parameters train on {run.device}")
+        return
+    lines = [astuple(row) for row in run.conversion.rows()]
+    run.watch.console.table("model", ("kind", "modules", "parameters", "trainable", "state"), lines)
+    run.watch.say(f"low rank: {trainable:,} parameters train, for a model of {run.conversion.total:,}, on {run.device}")
 
 
 def save_start(run: Run) -> None:

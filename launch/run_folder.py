@@ -77,8 +77,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
-        for records in (self.metrics, self.spectra):
-            truncate_records(records, step if self.resume else -1)
+        done = step if self.resume else -1
+        truncate_records(self.metrics, done)
+        # The last cycle is measured after the last step, so a run that was killed at its very end measures it again.
+        truncate_records(self.spectra, done - 1 if done == config.total_steps else done)
 
     @property
     def tracker_id(self) -> str | None:

@@ -105,8 +105,11 @@ class Snapshot:
             empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
         )
         for file, names in shards.filename_to_tensors.items():
-            tensors = {name: self.weight(name, merged=merged).to(kinds[name]).contiguous() for name in names}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(  # the dictionary has no name: it would live on while the next file's is made
+                {name: self.weight(name, merged=merged).to(kinds[name]).contiguous() for name in names},
+                folder / file,
+                metadata={"format": "pt"},
+            )
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from launch.config import TrainConfig, load, resolved
 from launch.console import Console, make_console
 from launch.environment import environment
 from launch.flops import peak_flops
-from launch.guard import Guard
+from launch.guard import Guard, TrainingDiverged
 from launch.loop import evaluate, train, validation_loss
 from launch.model import model_config, save_model
 from launch.prepare import following, show_data
@@ -31,6 +30,7 @@ from launch.run import (
     make_engine,
     masters,
     save_start,
+    show_model,
     step_flops,
 )
 from launch.run_folder import RunFolder, default_folder, find, locked
@@ -129,12 +129,21 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
 
 
 def execute(run: Run) -> int:
-    """Train, then finish or stop; returns the exit code."""
+    """Train, then finish or stop; returns the exit code.
+
+    Raises:
+        TrainingDiverged: too many updates were refused; the last checkpoint is from before.
+    """
     state, watch = run.state, run.watch
     if state.step == 0:
         evaluate(run)
-    with watch.console.progress(run.config.total_steps, state.step) as watch.progress:
-        complete = train(run)
+    try:
+        with watch.console.progress(run.config.total_steps, state.step) as watch.progress:
+            complete = train(run)
+    except TrainingDiverged:
+        run.folder.write_summary({"status": "diverged", "step": state.step, "skipped": state.skipped})
+        watch.tracker.finish(exits.FAILED)
+        raise
     if not complete:
         reason = run.stop.name or f"training.stop_after={run.config.training.stop_after}"
         run.folder.write_summary({"status": "stopped", "reason": reason, "step": state.step})
@@ -252,15 +261,10 @@ def _watch(config: TrainConfig, folder: RunFolder, console: Console, device: tor
 
 def _introduce(run: Run) -> None:
     """Print what is about to be trained on what."""
-    console = run.watch.console
-    console.info(f"run folder: {run.folder.path}")
-    show_data(console, run.data.describe(run.config.total_steps * run.config.training.global_batch_size))
-    if run.conversion is not None:
-        lines = [astuple(row) for row in run.conversion.rows()]
-        console.table("model", ("kind", "modules", "parameters", "trainable", "state"), lines)
-    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in run.model.parameters())
-    console.info(f"{trainable:,} trainable parameters of {total:,}, on {run.device}")
+    run.watch.say(f"run folder: {run.folder.path}")
+    total = run.config.total_steps * run.config.training.global_batch_size
+    show_data(run.watch.console, run.data.describe(total))
+    show_model(run)
 
 
 if __name__ == "__main__":

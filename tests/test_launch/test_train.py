@@ -228,6 +228,7 @@ def test_a_spike_is_skipped_reported_and_too_many_end_the_run(tiny, monkeypatch,
     skips = [r for r in records(folder_of(tiny)) if r.get("event") == "skip"]
     assert [r["step"] for r in skips] == [7, 9, 10]
     assert "3 of the last 128 updates were refused" in capsys.readouterr().err
+    assert summary(folder_of(tiny))["status"] == "diverged"
 
 
 FAMILIES = {
