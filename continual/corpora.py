@@ -4,7 +4,7 @@ A fingerprint decides whether prepared tokens can be used again, so it must be q
 data, sizes and times of large data, and the name of a data set on the Hub, which may be out of reach.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import import_module
@@ -138,6 +138,12 @@ class Hub:
             documents.HubShard(self.path, self.name, self.split, self.revision, shard, shards, text_field)
             for shard in range(shards)
         ]
+
+
+def documents_of(corpus: Corpus, text_field: str) -> Iterator[str]:
+    """All documents, in order; nothing is opened before the first is asked for."""
+    for unit in corpus.units(text_field):
+        yield from unit.documents()
 
 
 def is_records(path: Path) -> bool:

@@ -213,12 +213,6 @@ class ReferenceTopics:
         yield from python_reference()
 
 
-def documents_of(units: Iterable[Unit]) -> Iterator[str]:
-    """All documents of a source, in order."""
-    for unit in units:
-        yield from unit.documents()
-
-
 def stream_from_hub(path: str, name: str | None, split: str, revision: str | None) -> Any:
     """The data set, opened for reading from its beginning.
 

@@ -4,7 +4,7 @@ What encodes documents with them is in encoder.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,17 @@ def train_bpe(texts: list[Iterator[str]], vocab_size: int) -> Any:
     return _wrapped(tokenizer, use_regex=True)
 
 
-def trained_bpe(texts: list[Iterator[str]], vocab_size: int, folder: Path) -> Any:
-    """The BPE in `folder`, trained and saved there first if it is not there."""
-    with only_one(folder.parent / "locks" / folder.name):
-        if not folder.is_dir():
-            with new_folder(folder, within=folder.parent) as private:
-                train_bpe(texts, vocab_size).save_pretrained(private)
+def trained_bpe(
+    texts: list[Iterator[str]], vocab_size: int, folder: Path, watch: Callable[[int], None] = lambda done: None
+) -> Any:
+    """The BPE in `folder`, trained and saved there first if it is not there; `watch` is told 0, then 1."""
+    if not folder.is_dir():
+        with only_one(folder.parent / "locks" / folder.name):
+            if not folder.is_dir():
+                watch(0)
+                with new_folder(folder, within=folder.parent) as private:
+                    train_bpe(texts, vocab_size).save_pretrained(private)
+                watch(1)
     return load_tokenizer(str(folder))
 
 

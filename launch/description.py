@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from continual.data import open_data
 from continual.tokenizer import BYTES, bpe_vocabulary, byte_tokenizer, encoder_of, load_tokenizer
 from launch.config import TrainConfig
-from launch.model import model_config
+from launch.model import model_config, name_special_tokens
 from relora.errors import ConfigError
 
 
@@ -30,6 +30,8 @@ class Description:
             self._tokenizer = _tokenizer(config)
             size = encoder_of(self._tokenizer, config.data.tokenizer).vocab_size
             self.hf_config = model_config(config.model, vocab_size=size, sequence_length=config.data.sequence_length)
+            if config.model.name_or_path is None:
+                name_special_tokens(self.hf_config, self._tokenizer)
             return
         try:
             self.hf_config = AutoConfig.from_pretrained(self._folder)

@@ -1,6 +1,6 @@
 """`export`: a checkpoint as a Hugging Face model, as a PEFT adapter with its base, or as an SVD of its update.
 
-It reads files and needs no GPU, no engine and hardly any data; memory stays near one file of weights.
+It reads files and needs no GPU, no engine and hardly any data; memory stays near two files of weights.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from launch.description import Description
 from launch.forms import Form, Source, check_form, write_adapter, write_model, write_svd
 from launch.snapshot import Snapshot
 from launch.usage import asks_for_help, field_docs
-from parallel.checkpoint import Checkpoint, DamagedCheckpoint, is_disk_error, list_checkpoints, read_checkpoint
+from parallel.checkpoint import Checkpoint, DamagedCheckpoint, is_disk_error, list_checkpoints, read_checkpoint, share
 from relora.errors import ConfigError
 
 _Kind = TypeVar("_Kind", bound=Enum)
@@ -127,6 +127,7 @@ def export(run_dir: Path, config: ExportConfig, console: Console) -> Path:
     try:
         with new_folder(out, within=out.parent) as folder:
             _write(source, config, folder, out, console)
+            share(folder)
     except (OSError, SafetensorError) as error:
         if not is_disk_error(error):
             raise

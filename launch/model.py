@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from parallel.checkpoint import share
 from relora.convert import merged_state_dict
 from relora.errors import ConfigError
 
@@ -79,6 +80,12 @@ def model_config(config: ModelConfig, *, vocab_size: int, sequence_length: int) 
     return hf_config
 
 
+def name_special_tokens(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a configuration without weights its tokenizer's special tokens, in place of its family's."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(hf_config, name, getattr(tokenizer, name))
+
+
 def build_model(config: ModelConfig, hf_config: PretrainedConfig, *, seed: int, weights: bool = True) -> nn.Module:
     """The model in fp32 on the CPU.
 
@@ -130,6 +137,7 @@ def save_model(
         raise
     finally:
         model.config.use_cache = use_cache
+    share(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

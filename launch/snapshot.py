@@ -21,8 +21,8 @@ from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.linear import LowRankLinear
 
-SHARD_BYTES = 4 << 30
-"""Largest size of a file of weights, unless a single tensor is larger."""
+SHARD_BYTES = 2 << 30
+"""Largest size of a file of weights, unless a single tensor is larger; twice as much memory is needed."""
 
 
 class Snapshot:
@@ -96,7 +96,7 @@ class Snapshot:
         return value.t() if layer.transposed else value
 
     def write_weights(self, folder: Path, dtype: torch.dtype, *, merged: bool) -> None:
-        """Write all tensors as a Hugging Face folder holds them, one file of them in memory at a time."""
+        """Write all tensors as a Hugging Face folder holds them, file by file."""
         kinds = {
             name: dtype if self._plain[name].is_floating_point() else self._plain[name].dtype for name in self.names
         }

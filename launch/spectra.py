@@ -67,8 +67,8 @@ class StartWeights:
                     tensor: Tensor = tensors.get_tensor(name)
                     return tensor
         raise ConfigError(
-            f"{self._folder} does not hold {name}, from which the spectra are measured: restore the folder, "
-            "or set evaluation.spectra=none"
+            f"{self._folder} does not hold {name}, which low-rank training began from: restore the folder (or train "
+            "on with evaluation.spectra=none)"
         )
 
 

@@ -18,7 +18,7 @@ from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
 from launch.loop import evaluate, train, validation_loss
-from launch.model import model_config, save_model
+from launch.model import model_config, name_special_tokens, save_model
 from launch.prepare import following, show_data
 from launch.report import report
 from launch.run import (
@@ -87,6 +87,8 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
             "data.validation_fraction=0 without data.validation_path leaves nothing to validate on: set one of them"
         )
     hf_config = model_config(config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length)
+    if config.model.name_or_path is None:
+        name_special_tokens(hf_config, data.tokenizer)
     resume = folder.resume
     state = RunState.from_dict(resume.state["run"]) if resume else RunState()
     if resume:

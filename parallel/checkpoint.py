@@ -82,6 +82,7 @@ def write_checkpoint(root: Path, step: int, *, tensors: dict[str, dict[str, Tens
             save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{kind}.safetensors")
         _write_text(partial / "state.json", json.dumps(state, indent=1))
         _write_text(partial / _MANIFEST, json.dumps(_manifest(partial), indent=1))
+        share(partial)
         for path in partial.iterdir():
             _sync(path)
         _publish(partial, final)
@@ -154,6 +155,15 @@ def prune_checkpoints(root: Path, *, keep: int, best: str | None) -> None:
     for folder in [*folders[keep:], *root.glob(".step_*")]:
         if folder.name != best:
             _remove(folder)
+
+
+def share(folder: Path) -> None:
+    """Give a folder's files the permissions that the user's umask asks for; safetensors writes them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def write_atomically(path: Path, text: str) -> None:

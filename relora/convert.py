@@ -54,7 +54,7 @@ class LoraConfig:
     target_modules: Any = ALL_LINEAR
     """`all-linear` (every linear layer but the output embedding), a list of name suffixes, or a regular
     expression that must match the whole module name."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, int] | None = None
     """Other ranks: name suffix, or regular expression of the whole name -> rank; the first match counts."""
     scaling: Scaling = Scaling.standard
     """standard: alpha / rank; rslora: alpha / sqrt(rank)."""
@@ -73,7 +73,7 @@ class LoraConfig:
             raise ConfigError(f"lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must be in [0, 1), got {self.dropout}")
-        for pattern, rank in self.rank_pattern.items():
+        for pattern, rank in (self.rank_pattern or {}).items():
             compiled("lora.rank_pattern", pattern)
             if rank < 1:
                 raise ConfigError(f"lora.rank_pattern.{pattern} must be at least 1, got {rank}")
@@ -85,7 +85,7 @@ class LoraConfig:
 
     def rank_of(self, module_name: str) -> int:
         """Return the adapter rank of a module."""
-        for pattern, rank in self.rank_pattern.items():
+        for pattern, rank in (self.rank_pattern or {}).items():
             if named_by(module_name, pattern):
                 return rank
         return self.rank
@@ -146,7 +146,7 @@ def planned_layers(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.M
     """
     targets = find_targets(model, config.target_modules)
     ranks = {name: config.rank_of(name) for name in targets}
-    check_ranks(targets, ranks, config.rank_pattern)
+    check_ranks(targets, ranks, config.rank_pattern or {})
     return {name: (module, ranks[name]) for name, module in targets.items()}
 
 

@@ -1,68 +1,156 @@
-"""The benchmarks run, and their pure parts compute what their tables say."""
+"""The benchmarks: their arithmetic, their rules, and that the documents show the figures of the JSON files."""
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import quality, step
-from benchmarks.outcome import markdown
-from benchmarks.quality_methods import QUICK, methods, trainable_parameters
-from launch import exits
+from benchmarks import quality, runs, step
+from benchmarks.outcome import markdown, read_document
+from benchmarks.quality_methods import QUICK, methods
+from benchmarks.quality_picture import draw
+from benchmarks.runs import Job, Result, RunFailed, read_result, run_all
+from launch import exits, train
+from launch.config import load
+
+ROOT = Path(__file__).parent.parent
 
 
-def test_a_sweep_goes_on_beyond_a_best_rate_at_an_edge_only():
-    assert quality.next_rate({0.1: 3.0, 0.2: 2.0, 0.4: 2.5}) is None
-    assert quality.next_rate({0.1: 3.0, 0.2: 2.0}) == 0.4
-    assert quality.next_rate({0.1: 1.0, 0.2: 2.0}) == 0.05
+@pytest.fixture
+def study(corpus):
+    """The quick study on a small corpus, with three rates and two seeds."""
+    overrides = (*QUICK.overrides, f"data.path=[{corpus}]", f"data.cache={corpus.parent / 'cache'}")
+    return replace(QUICK, rates=3, seeds=(0, 1), extensions=1, overrides=overrides)
 
 
-def test_spread_is_the_mean_and_half_the_range():
-    assert quality.spread([1.0, 2.0]) == (1.5, 0.5)
-    assert quality.spread([3.0]) == (3.0, 0.0)
+def outcome(loss):
+    return Result(val_loss=loss, tokens=3072, restarts=0, seconds=1.0, curve=[(0, 5.0), (1536, loss + 1), (3072, loss)])
 
 
-def test_the_control_trains_as_many_parameters_as_the_low_rank_runs():
-    chosen = {method.key: method for method in methods(QUICK)}
-    assert chosen["control"].trainable == pytest.approx(chosen["relora"].trainable, rel=0.02)
-    assert chosen["lora"].trainable == chosen["relora"].trainable == chosen["relora_warm"].trainable
-    assert chosen["full"].trainable > chosen["relora"].trainable
-    assert trainable_parameters(chosen["full"].overrides) == chosen["full"].trainable
+def test_a_table_has_lines_of_one_length_and_numbers_to_the_right():
+    lines = markdown(["name", "n"], [["a", "1"], ["long name", "1,000"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2] == "| a         |     1 |"
 
 
-def test_ratios_are_taken_turn_by_turn():
-    times = {"ours": [1.0, 4.0, 2.0], "other": [2.0, 2.0, 2.0]}
-    assert step.ratio(times, "ours", "other")["median"] == 1.0
-    assert step.ratio(times, "other", "ours")["median"] == 1.0
-    assert step.ratio(times, "ours", "ours") == {"median": 1.0, "low": 1.0, "high": 1.0}
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({1.0: 3.0, 2.0: 2.0, 4.0: 3.0}, None),
+        ({1.0: 1.0, 2.0: 2.0, 4.0: 3.0}, 0.5),
+        ({1.0: 3.0, 2.0: 2.0, 4.0: 1.0}, 8.0),
+    ],
+)
+def test_a_sweep_goes_on_beyond_a_best_rate_at_its_edge_only(losses, expected):
+    assert quality.next_rate(losses) == expected
 
 
-def test_a_markdown_table_has_a_cell_for_each_header():
-    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|--:|\n| x | 1 |"
+def test_low_rank_methods_and_control_train_equally_many_parameters(study):
+    trainable = {method.key: method.trainable for method in methods(study)}
+    low_rank = {trainable[key] for key in ("lora", "lora_warm", "relora_4", "relora_warm_4")}
+    assert len(low_rank) == 1
+    assert trainable["control"] == pytest.approx(low_rank.pop(), rel=0.01)
+    assert trainable["full"] > 2 * trainable["control"]
+
+
+def test_every_run_of_a_study_has_a_folder_of_its_own_and_settings_that_compose(study, tmp_path):
+    jobs = [method.job(tmp_path, rate, seed) for method in methods(study) for rate in (0.001, 0.002) for seed in (0, 1)]
+    assert len({job.folder for job in jobs}) == len(jobs)
+    for job in jobs[::4]:
+        assert load(job.overrides).training.skip_sigma == 0
+
+
+def test_each_method_gets_its_best_rate_and_the_other_seeds_run_at_it_alone(study, tmp_path, monkeypatch):
+    made = []
+
+    def pretend(jobs, *, workers):
+        made.extend(job.folder for job in jobs)
+        rates = [float(job.folder.name.split("_")[1].split("-seed")[0]) for job in jobs]
+        return [outcome(1.0 + abs(rate - 0.008)) for rate in rates]
+
+    monkeypatch.setattr(quality, "run_all", pretend)
+    found = quality.sweep(study, tmp_path, workers=1)
+    names = sorted(folder.name for folder in made if folder.parent.name == "full")
+    # Its sweep is 0.001, 0.002, 0.004; the best lies at the edge, so 0.008 is tried, and is better.
+    assert names == ["lr_0.001-seed_0", "lr_0.002-seed_0", "lr_0.004-seed_0", "lr_0.008-seed_0", "lr_0.008-seed_1"]
+    assert len(made) == len(set(made))
+    rows = {row["method"]: row for row in quality.results(study, found)["rows"]}
+    assert rows["full rank"]["best_rate"] == 0.008
+    assert rows["full rank"]["best_is_at_edge"]
+
+
+def test_a_row_has_the_mean_and_half_of_the_range_over_seeds(study):
+    method = methods(study)[0]
+    losses = {(0.001, 0): 3.0, (0.002, 0): 2.0, (0.004, 0): 2.5, (0.002, 1): 2.2}
+    results = quality.results(study, {(method, *at): outcome(loss) for at, loss in losses.items()})
+    (row,) = results["rows"]
+    assert (row["best_rate"], row["best_is_at_edge"], row["seeds"]) == (0.002, False, 2)
+    assert row["val_loss"] == pytest.approx(2.1)
+    assert row["val_loss_half_range"] == pytest.approx(0.1)
+    assert "2.100 +- 0.100" in quality.tables(results)
+
+
+def test_the_picture_is_drawn_from_the_document(study, tmp_path):
+    chosen = methods(study)
+    found = {(method, 0.001, seed): outcome(2.0 + seed / 10) for method in chosen for seed in (0, 1)}
+    document = json.loads(json.dumps(quality.results(study, found)))
+    draw(document, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_read_and_not_repeated(tiny, tmp_path, monkeypatch):
+    assert train.main(tiny) == exits.DONE
+    monkeypatch.setattr(runs.subprocess, "run", None)
+    job = Job(folder=tmp_path / "run", overrides=tuple(word for word in tiny if not word.startswith("run.dir")))
+    (result,) = run_all([job], workers=2)
+    assert result == read_result(job.folder)
+    assert (result.tokens, result.restarts) == (20 * 4 * 32, 2)
+    assert [tokens for tokens, _ in result.curve] == [0, 10 * 4 * 32, 20 * 4 * 32]
+
+
+def test_a_failed_run_is_named_with_its_log(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.sys, "executable", "false")
+    with pytest.raises(RunFailed, match=r"exit code 1: see .*bad\.log"):
+        run_all([Job(folder=tmp_path / "bad", overrides=tuple(tiny[:-1]))], workers=1)
+
+
+def test_times_are_compared_turn_by_turn():
+    times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 4.0]}  # the second turn met a busy machine
+    assert step.ratio(times, "a", "b") == {"median": 0.5, "low": 0.5, "high": 0.5}
+    assert step.ratio({"a": [3.0], "b": [2.0]}, "a", "b")["high"] == 1.5
 
 
 @pytest.mark.slow
-def test_the_step_benchmark_measures_all_variants_side_by_side(runtime, tmp_path, capsys):
-    shape = step.Shape(model="llama_tiny", rank=8, batch=1, sequence=32, dtype="fp32")
-    times, facts = step.measure_times(shape, runtime.device, repetitions=2)
-    assert all(len(values) == 2 and min(values) > 0 for values in times.values())
-    flops = {fact["variant"]: fact["flops"] for fact in facts}
-    assert flops["ReLoRA"] < flops["full rank"], "a frozen weight has no gradient"
-    assert flops["ReLoRA"] == flops["PEFT LoRA, same engine"]
-    outcome = step.results(shape, runtime.device, times, facts, dict.fromkeys(step.VARIANTS, 1))
-    assert "One restart" in step.tables(outcome)
-
-
-@pytest.mark.slow
-def test_the_quality_study_runs_all_methods_and_writes_its_rows(tmp_path, capsys):
+def test_the_quality_study_runs_all_methods_at_the_same_tokens(tmp_path):
     words = ["--quick", "--json", str(tmp_path / "q.json"), "--picture", str(tmp_path / "q.png")]
     assert quality.main([*words, "--runs", str(tmp_path / "runs")]) == exits.DONE
-    rows = json.loads((tmp_path / "q.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [
-        "full rank", "control", "LoRA", "LoRA + warm start", "ReLoRA", "ReLoRA + warm start"
-    ]  # fmt: skip
-    assert len({row["tokens"] for row in rows}) == 1, "all see the same tokens"
+    rows = read_document(tmp_path / "q.json")["rows"]
     assert [row["restarts"] for row in rows] == [0, 0, 0, 0, 2, 1]
+    assert {row["tokens"] for row in rows} == {12 * 4 * 64}
     for row in rows:
-        assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]), rel=1e-6)
+        assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
     assert (tmp_path / "q.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_runs_and_its_variants_train_alike(tmp_path, capfd):
+    file = tmp_path / "step.json"
+    shape = ["--batch", "1", "--sequence", "16", "--rank", "4", "--repetitions", "2"]
+    assert step.main(["--quick", *shape, "--json", str(file)]) == exits.DONE
+    rows = {row["variant"]: row for row in read_document(file)["rows"]}
+    full, ours, *theirs = rows.values()
+    assert all(row["trainable"] == ours["trainable"] for row in theirs)
+    assert ours["trainable"] < full["trainable"]
+    assert all(row["flops"] == ours["flops"] for row in theirs)
+    assert all(row["peak_bytes"] > 4 * full["trainable"] for row in rows.values())
+    assert "of a ReLoRA step" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("module", [quality, step])
+def test_the_documents_show_the_figures_of_the_json_files(module):
+    name = module.__name__.rpartition(".")[2]
+    shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    for line in module.tables(read_document(ROOT / "benchmarks" / "results" / f"{name}.json")).splitlines():
+        assert line in shown

@@ -230,7 +230,8 @@ def test_hub_data_sets_are_streamed_shard_by_shard(configure, monkeypatch):
         return rows.to_iterable_dataset(num_shards=4)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    config = configure(path={"path": "someone/something", "name": "en", "split": "dev"}, validation_fraction=0.0)
+    path = {"path": "someone/something", "name": "en", "split": "dev"}
+    config = configure(path=path, tokenizer="bpe:270", validation_fraction=0.0)
     first = open_data(config, seed=0)
     assert first.train.sources[0].counts.documents == 40
     assert calls[0] == ("someone/something", {"name": "en", "split": "dev", "revision": None, "streaming": True})

@@ -7,7 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from continual import corpora, documents
-from continual.documents import UnreadableError, documents_of
+from continual.corpora import documents_of
+from continual.documents import UnreadableError
 from continual.sources import Source, find_corpus
 
 RECORDS = [{"text": f"record {n}: {'x' * (n % 50)} \u00e9", "id": n} for n in range(300)]
@@ -19,7 +20,7 @@ def lines(records):
 
 
 def read(path, text_field="text", **settings):
-    return list(documents_of(find_corpus(Source(path=str(path), **settings), "data.path").units(text_field)))
+    return list(documents_of(find_corpus(Source(path=str(path), **settings), "data.path"), text_field))
 
 
 def write_parquet(path, records):

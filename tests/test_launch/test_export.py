@@ -22,7 +22,7 @@ GPT2 = "model.config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_pos
 RUNS = {
     "relora": [],
     "bf16": ["training.dtype=bf16"],
-    "gpt2": ["model=custom", GPT2, "+lora.rank_pattern.c_fc=3", "lora.scaling=rslora", "lora.alpha=6"],
+    "gpt2": ["model=custom", GPT2, "lora.rank_pattern={c_fc:3}", "lora.scaling=rslora", "lora.alpha=6"],
     "plain": ["relora=none"],
     "full": ["lora=none"],
 }
@@ -168,6 +168,15 @@ def test_an_exported_adapter_can_be_trained_on_from_its_base(run_of, write, name
     to_low_rank(model, to_typed(OmegaConf.load(run_of(name) / "config.yaml")).lora, seed=1)
     assert not load_adapter_(model, out).missing
     same(logits(model), logits(live(run_of(name), 20)))
+
+
+def test_an_adapter_that_does_not_fit_stops_a_run_before_it_has_a_folder(run_of, write, tiny, tmp_path, capsys):
+    out = write(run_of("plain"), "export.to=adapter")
+    words = [word for word in tiny if not word.startswith(("model.", "relora."))]
+    words += ["model=pretrained", f"model.name_or_path={out / 'base'}", f"lora.init_from={out}", "relora=none"]
+    assert train.main([*words, "lora.rank=5"]) == exits.REFUSED
+    assert "is 4 there and 5 here: set lora.rank=4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["relora", "gpt2", "bf16"])

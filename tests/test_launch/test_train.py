@@ -80,6 +80,7 @@ def test_the_final_model_loads_alone_gives_the_same_loss_and_generates(tiny):
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     inputs = tokenizer("The ship", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0])
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id == 256
     assert text.startswith("The ship")
     assert len(text) > len("The ship")
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def test_what_was_written_is_read_back_bit_for_bit(tmp_path):
     assert torch.equal(read.tensors("model")["weight"], torch.full((3, 2), 1 / 3))
     assert read.tensors("model")["bits"].dtype == torch.int16
     assert (tmp_path / "latest").read_text() == "step_00000007\n"
+
+
+def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):
+    before = os.umask(0o027)
+    try:
+        modes = {path.stat().st_mode & 0o777 for path in write(tmp_path, 1).iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {0o640}
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path):
