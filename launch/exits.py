@@ -30,5 +30,6 @@ def run(command: Callable[[], int]) -> int:
 
 def _say(message: object, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(str(message).split())  # other libraries' words may come in several lines
+    print(f"error: {line}", file=sys.stderr)
     return code

@@ -103,6 +103,7 @@ def hand_over(run: Run) -> None:
         for name, parameter in _trainable(run.model)
     }
     run.engine.close()
+    run.model._compiled_call_impl = None  # compiled anew by the next phase, once its FLOPs are counted
     run.model.float()
     parameters = dict(run.model.named_parameters())
     for name, (master, _) in kept.items():

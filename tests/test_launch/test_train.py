@@ -85,10 +85,11 @@ def test_the_final_model_loads_alone_gives_the_same_loss_and_generates(tiny):
     assert len(text) > len("The ship")
 
 
-def test_stopped_twice_and_continued_ends_with_the_very_metrics_of_the_undisturbed_run(tiny, undisturbed):
-    assert run(tiny, "training.stop_after=3") == exits.PREEMPTED  # in the warm start
-    assert summary(folder_of(tiny))["status"] == "stopped"
-    assert run(tiny, "training.stop_after=13") == exits.PREEMPTED  # inside a cycle
+def test_stopped_again_and_again_a_run_ends_with_the_very_metrics_of_the_undisturbed_one(tiny, undisturbed):
+    # Inside the warm start, at the hand-over, at a restart, inside a cycle.
+    for step in (3, 5, 10, 13):
+        assert run(tiny, f"training.stop_after={step}") == exits.PREEMPTED
+        assert summary(folder_of(tiny))["status"] == "stopped"
     assert run(tiny) == exits.DONE
     assert records(folder_of(tiny)) == records(undisturbed)
     ours, theirs = summary(folder_of(tiny)), summary(undisturbed)
