@@ -1,0 +1,175 @@
+"""The trainers that the step benchmark compares, each built as its users build it.
+
+All start from the same random model, see the same batch and train the same kinds of parameters; those with
+low-rank factors have the same adapter rank and the same layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from continual.data import Batch
+from launch.config import TrainConfig, load
+from launch.flops import count_step_flops
+from launch.model import build_model, model_config
+from launch.objective import accumulate, summed_loss
+from launch.run import make_engine, make_phase
+from relora.convert import low_rank_modules
+from relora.kinds import parameter_kinds
+from relora.optimizer import parameter_groups
+from relora.restart import restart
+from relora.targets import find_targets
+
+_SEED = 0
+_BYTES = 256  # size of the vocabulary where the model leaves it open
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Shape:
+    """What all variants have in common."""
+
+    model: str
+    """An option of conf/model."""
+    rank: int
+    batch: int
+    sequence: int
+    dtype: str
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Variant:
+    """One trainer, ready to step."""
+
+    trainable: int
+    flops: int
+    """Executed by a forward and backward pass of the batch."""
+    step: Callable[[], None]
+    """Forward, backward, clipping, optimizer."""
+    restart: Callable[[int], None] | None = None
+    """ReLoRA's restart, given its index."""
+
+
+def full_rank(shape: Shape, device: torch.device) -> Variant:
+    """Accrete, all parameters."""
+    return _engine_variant(shape, device, low_rank=False)
+
+
+def relora(shape: Shape, device: torch.device) -> Variant:
+    """Accrete, low-rank factors and the dense kinds."""
+    return _engine_variant(shape, device, low_rank=True)
+
+
+def peft_engine(shape: Shape, device: torch.device) -> Variant:
+    """PEFT's layers in Accrete's engine, so that nothing but the layers differs."""
+    config, batch = _config(shape, low_rank=True), _batch(shape)
+    model = _peft_model(config, device, autocast=False).to(config.torch_dtype)
+    return _in_engine(model, config, batch, device)
+
+
+def peft_torch(shape: Shape, device: torch.device) -> Variant:
+    """PEFT with torch's AdamW, as its users write it; in bf16 the dense parameters have no fp32 masters."""
+    config, batch = _config(shape, low_rank=True), _batch(shape)
+    model = _peft_model(config, device, autocast=True)
+    flops = _flops(model, batch, device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), fused=True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        loss = summed_loss(model, batch, device) / batch.targets
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())
+
+    return Variant(trainable=sum(parameter.numel() for parameter in parameters), flops=flops, step=step)
+
+
+VARIANTS: dict[str, Callable[[Shape, torch.device], Variant]] = {
+    "full rank": full_rank,
+    "ReLoRA": relora,
+    "PEFT LoRA, same engine": peft_engine,
+    "PEFT LoRA, torch AdamW": peft_torch,
+}
+
+
+def _config(shape: Shape, *, low_rank: bool) -> TrainConfig:
+    lora = (f"lora.rank={shape.rank}", "relora.warm_start_steps=0") if low_rank else ("lora=none",)
+    return load(
+        [
+            f"model={shape.model}",
+            f"data.sequence_length={shape.sequence}",
+            f"training.global_batch_size={shape.batch}",
+            f"training.dtype={shape.dtype}",
+            *lora,
+        ]
+    )
+
+
+def _batch(shape: Shape) -> Batch:
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = torch.randint(_BYTES, (shape.batch, shape.sequence), generator=generator)
+    return Batch(input_ids=tokens, labels=tokens)
+
+
+def _model(config: TrainConfig) -> Any:
+    hf_config = model_config(config.model, vocab_size=_BYTES, sequence_length=config.data.sequence_length)
+    return build_model(config.model, hf_config, seed=_SEED)
+
+
+def _peft_model(config: TrainConfig, device: torch.device, *, autocast: bool) -> nn.Module:
+    """PEFT's low-rank model with the layers, the rank and the dense parameters of ours."""
+    model, lora = _model(config).to(device=device, dtype=config.torch_dtype), config.lora
+    assert lora is not None
+    kinds = parameter_kinds(model)
+    dense = [parameter for parameter in model.parameters() if kinds[id(parameter)] in lora.dense]
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(find_targets(model, lora.target_modules)),
+    )
+    wrapped: nn.Module = peft.get_peft_model(model, settings, autocast_adapter_dtype=autocast)
+    for parameter in dense:
+        parameter.requires_grad_(True)
+    return wrapped.train()
+
+
+def _engine_variant(shape: Shape, device: torch.device, *, low_rank: bool) -> Variant:
+    config = _config(shape, low_rank=low_rank)
+    model = _model(config)
+    make_phase(model, config, device, low_rank=low_rank)
+    return _in_engine(model, config, _batch(shape), device)
+
+
+def _in_engine(model: nn.Module, config: TrainConfig, batch: Batch, device: torch.device) -> Variant:
+    flops = _flops(model, batch, device)
+    engine = make_engine(model, config)
+
+    def step() -> None:
+        accumulate(engine, batch, microbatch_size=len(batch.input_ids), device=device)
+        engine.step(config.optimizer.lr, lambda norm: None)
+
+    def restart_once(index: int) -> None:
+        assert config.relora is not None
+        restart(model, config.relora, engine.store, seed=_SEED, restart_index=index)
+
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    again = restart_once if low_rank_modules(model) else None
+    return Variant(trainable=trainable, flops=flops, step=step, restart=again)
+
+
+def _flops(model: nn.Module, batch: Batch, device: torch.device) -> int:
+    flops = count_step_flops(partial(_backward, model, batch, device))
+    model.zero_grad(set_to_none=True)
+    return flops
+
+
+def _backward(model: nn.Module, batch: Batch, device: torch.device) -> None:
+    loss: Tensor = summed_loss(model, batch, device)
+    loss.backward()
