@@ -109,8 +109,7 @@ class JsonLines:
             if self.start:
                 file.seek(self.start - 1)
                 file.readline()
-            while (place := file.tell()) < self.stop:
-                line = file.readline()
+            while (place := file.tell()) < self.stop and (line := file.readline()):
                 try:
                     if line.strip():
                         yield _text_of_line(line, self.text_field)

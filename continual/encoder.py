@@ -1,7 +1,7 @@
 """Documents to tokens, exactly as a tokenizer of transformers would, but without loading transformers.
 
-A document is its tokens and one end-of-sequence token. Text never makes special tokens: a document that spells
-`<eos>` is encoded as these characters.
+A document is its tokens and one end-of-sequence token. Special tokens are not looked for in text: a document that
+spells `<eos>` is encoded as these characters.
 """
 
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ class TokenStream:
         return np.stack([self._places(int(window) * self.length) for window in index])
 
     def _places(self, start: int) -> Indices:
-        first, last = np.searchsorted(self.ends, [start + 1, start + self.length], side="left")
+        first, last = np.searchsorted(self.ends, [start, start + self.length], side="left")
         begins = np.zeros(self.length, dtype=np.int64)
         inside = self.ends[first:last] - start
         begins[inside] = inside

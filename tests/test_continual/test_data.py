@@ -67,6 +67,15 @@ def test_an_epoch_of_a_source_holds_each_of_its_sequences_once(configure, source
     assert not torch.equal(*epochs)
 
 
+def test_sources_of_one_size_go_in_orders_of_their_own(configure, sources):
+    pair = [{"path": sources[1], "weight": 1}] * 2
+    data = open_data(configure(path=pair, validation_fraction=0.0), seed=0)
+    source, _ = data.train.mixture.locate(np.arange(100))
+    tokens = data.train.batch(0, 100).input_ids
+    one, two = (tokens[torch.from_numpy(source == number)][:20] for number in (0, 1))
+    assert not torch.equal(one, two)
+
+
 def test_sources_are_mixed_by_weight_or_by_size(configure, sources):
     by_size = open_data(configure(), seed=0)
     weighted = [{"path": sources[0], "weight": 1}, {"path": sources[1], "weight": 3}]

@@ -161,6 +161,12 @@ def test_max_tokens_takes_the_first_whole_documents(records, tmp_path, workers):
     assert 29_000 < prepared.train.tokens <= 30_000
 
 
+def test_max_tokens_may_be_the_end_of_a_document(records, tmp_path):
+    ends = np.cumsum([len(text) + 1 for text in TEXTS])
+    prepared = make(records, tmp_path / "cache", validation_fraction=0.0, max_tokens=int(ends[99]))
+    assert prepared.train.documents == 100
+
+
 def test_max_tokens_leaves_the_rest_unread(records, tmp_path):
     with records.open("a") as file:
         file.write("{broken\n")
