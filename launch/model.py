@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -92,14 +93,22 @@ def build_model(config: ModelConfig, hf_config: PretrainedConfig, *, seed: int, 
     Args:
         seed: of random weights.
         weights: load the pre-trained ones, if the model has any; False when a checkpoint brings its own.
+
+    Raises:
+        ConfigError: transformers refuses: no such attention for this family, missing weights, an impossible shape.
     """
-    if config.name_or_path is not None and weights:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.name_or_path, dtype=torch.float32, attn_implementation=config.attention
-        )
-    else:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation=config.attention)
+    options = {"dtype": torch.float32, "attn_implementation": config.attention}
+    try:
+        if config.name_or_path is not None and weights:
+            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
+        else:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(hf_config, **options)
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"transformers cannot build this model with model.attention={config.attention}: {error} Correct the model, "
+            "or choose another implementation, such as model.attention=eager"
+        ) from error
     model.config.use_cache = False
     assert isinstance(model, nn.Module)
     return model
@@ -170,5 +179,5 @@ def _from_values(values: dict[str, Any]) -> PretrainedConfig:
             raise ConfigError(f"model.config.{key} is not a setting of {family}: {hint}")
     try:
         return AutoConfig.for_model(family, **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(f"model.config is refused by transformers: {error}") from error

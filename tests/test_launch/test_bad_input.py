@@ -16,6 +16,8 @@ from launch import exits, train
     (["model.config.max_position_embeddings=16"], "data.sequence_length must be at most"),
     (["+model.config.hiden_size=3"], "model.config.hiden_size is not a setting of llama: did you mean hidden_size?"),
     (["model.config.model_type=lama"], "model.config.model_type 'lama'"),
+    (["model.config.model_type=gemma2"], "model.attention=sdpa"),
+    (["model.config.hidden_size=33"], "33"),
     (["checkpoint.resume=/no/such/folder"], "checkpoint.resume must be auto, never, or a checkpoint or run folder"),
     (["model=pretrained", "model.name_or_path=/no/such/model"], "model.name_or_path '/no/such/model' cannot be loaded"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
