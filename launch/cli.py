@@ -12,6 +12,8 @@ VERBS = {
     "evaluate": "validation loss of a trained model",
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
     "report": "draw one or several runs",
+    "plan": "memory, FLOPs and traffic of a training command, before it runs",
+    "doctor": "what this machine has, and what will not work",
 }
 
 

@@ -19,7 +19,8 @@ from continual.data import DataConfig
 from launch.model import ModelConfig
 from launch.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
-from parallel.engine import ParallelConfig
+from parallel.mesh import Mesh
+from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.optimizer import OptimizerConfig
@@ -48,7 +49,7 @@ class TrainingConfig:
     global_batch_size: int = 16
     """Sequences per update."""
     microbatch_size: int | None = None
-    """Sequences per forward and backward; only a memory knob. null: the whole global batch."""
+    """Sequences per forward and backward of a process; only a memory knob. null: its share of the global batch."""
     dtype: Dtype = Dtype.fp32
     """fp32 or bf16."""
     max_grad_norm: float = 1.0
@@ -83,16 +84,28 @@ class TrainingConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"training.{key} must be above 0 (or null), got {value}")
-        if self.global_batch_size % self.microbatch:
+        self.microbatch()
+
+    def microbatch(self, data: int = 1) -> int:
+        """Sequences per forward and backward when `data` processes share the global batch.
+
+        Raises:
+            ConfigError: it cannot be shared so.
+        """
+        share, rest = divmod(self.global_batch_size, data)
+        if rest:
             raise ConfigError(
-                f"training.microbatch_size must divide training.global_batch_size={self.global_batch_size}, "
+                f"training.global_batch_size must be a multiple of the {data} processes that share it (all processes / "
+                f"parallel.tensor), got {self.global_batch_size}: try {data * max(1, share)} or {data * (share + 1)}"
+            )
+        size = self.microbatch_size or share
+        if share % size:
+            of = f"the {share} sequences that each of {data} processes has of " if data > 1 else ""
+            raise ConfigError(
+                f"training.microbatch_size must divide {of}training.global_batch_size={self.global_batch_size}, "
                 f"got {self.microbatch_size}"
             )
-
-    @property
-    def microbatch(self) -> int:
-        """Sequences per forward and backward."""
-        return self.microbatch_size or self.global_batch_size
+        return size
 
 
 class SpectraChoice(str, Enum):
@@ -179,10 +192,9 @@ class TrainConfig:
         assert training.tokens is not None
         return -(-training.tokens // (training.global_batch_size * self.data.sequence_length))
 
-    @property
-    def validation_batch(self) -> int:
-        """Validation sequences per forward."""
-        return self.evaluation.batch_size or self.training.microbatch
+    def validation_batch(self, data: int = 1) -> int:
+        """Validation sequences per forward of a process."""
+        return self.evaluation.batch_size or self.training.microbatch(data)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -243,6 +255,15 @@ def check(config: TrainConfig) -> None:
         )
     if steps > 0:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+    """Rules about the number of processes.
+
+    Raises:
+        ConfigError: the global batch cannot be shared, or a setting would have no effect.
+    """
+    config.training.microbatch(mesh.data)
 
 
 def load(overrides: Sequence[str]) -> TrainConfig:

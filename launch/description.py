@@ -1,42 +1,32 @@
-"""What stands beside a model's weights in a Hugging Face folder: its configuration and its tokenizer."""
+"""What stands beside a model's weights in a Hugging Face folder: its configurations and its tokenizer."""
 
+import copy
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from continual.data import open_data
 from continual.tokenizer import BYTES, bpe_vocabulary, byte_tokenizer, encoder_of, load_tokenizer
 from launch.config import TrainConfig
-from launch.model import model_config, name_special_tokens
+from launch.model import ModelConfig, model_config, name_special_tokens
 from relora.errors import ConfigError
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
 class Description:
-    """A run's, from its start/ or final/; where there is neither, made again from its configuration."""
+    """A model's, either as it is in memory or as it is in a folder."""
 
     hf_config: PretrainedConfig
-
-    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
-        """Look for it.
-
-        Raises: ConfigError
-        """
-        folders = [run_dir / "start", run_dir / "final"]
-        self._folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-        if self._folder is None:
-            self._tokenizer = _tokenizer(config)
-            size = encoder_of(self._tokenizer, config.data.tokenizer).vocab_size
-            self.hf_config = model_config(config.model, vocab_size=size, sequence_length=config.data.sequence_length)
-            if config.model.name_or_path is None:
-                name_special_tokens(self.hf_config, self._tokenizer)
-            return
-        try:
-            self.hf_config = AutoConfig.from_pretrained(self._folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self._folder} is damaged: {error}. Restore its config.json, or remove it") from error
+    tokenizer: Any = None
+    """The tokenizer, unless there is a folder."""
+    generation: GenerationConfig | None = None
+    """How a pre-trained model generates; None: as its family does."""
+    folder: Path | None = None
+    """A Hugging Face folder whose files are copied."""
 
     def write(self, folder: Path, skeleton: Any, dtype: torch.dtype) -> None:
         """Write everything but weights.
@@ -44,18 +34,53 @@ class Description:
         Args:
             skeleton: the model, on any device.
         """
-        if self._folder is None:
+        if self.folder is None:
             if skeleton.generation_config is not None:
-                skeleton.generation_config.eos_token_id = self._tokenizer.eos_token_id
-                skeleton.generation_config.save_pretrained(folder)
-            self._tokenizer.save_pretrained(folder)
+                generation = self.generation or GenerationConfig.from_model_config(self.hf_config)
+                generation.eos_token_id = self.tokenizer.eos_token_id
+                generation.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
         else:
-            for path in self._folder.iterdir():
+            for path in self.folder.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
                     shutil.copy(path, folder)
-        self.hf_config.architectures = [type(skeleton).__name__]
-        self.hf_config.dtype = dtype
-        self.hf_config.save_pretrained(folder)
+        hf_config = copy.deepcopy(self.hf_config)
+        hf_config.architectures = [type(skeleton).__name__]
+        hf_config.dtype = dtype
+        hf_config.save_pretrained(folder)
+
+
+def describe(config: ModelConfig, hf_config: PretrainedConfig, tokenizer: Any) -> Description:
+    """The description of a model in memory."""
+    hf_config = copy.deepcopy(hf_config)
+    hf_config.use_cache = True  # training goes without, generation does not
+    generation = None
+    if config.name_or_path is not None:
+        try:
+            generation = GenerationConfig.from_pretrained(config.name_or_path)
+        except OSError:  # it has none of its own
+            generation = None
+    return Description(hf_config=hf_config, tokenizer=tokenizer, generation=generation)
+
+
+def description_of(run_dir: Path, config: TrainConfig) -> Description:
+    """That of a run, from its start/ or final/; where there is neither, made again from its configuration.
+
+    Raises: ConfigError
+    """
+    folders = [run_dir / "start", run_dir / "final"]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is not None:
+        try:
+            return Description(hf_config=AutoConfig.from_pretrained(folder), folder=folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} is damaged: {error}. Restore its config.json, or remove it") from error
+    tokenizer = _tokenizer(config)
+    size = encoder_of(tokenizer, config.data.tokenizer).vocab_size
+    hf_config = model_config(config.model, vocab_size=size, sequence_length=config.data.sequence_length)
+    if config.model.name_or_path is None:
+        name_special_tokens(hf_config, tokenizer)
+    return describe(config.model, hf_config, tokenizer)
 
 
 def _tokenizer(config: TrainConfig) -> Any:

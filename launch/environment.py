@@ -4,16 +4,19 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from parallel.mesh import Mesh
+
 _PACKAGES = ("accrete", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
 
 
-def environment(device: torch.device, *, world_size: int = 1) -> dict[str, Any]:
+def environment(device: torch.device, *, mesh: Mesh) -> dict[str, Any]:
     """The contents of environment.json."""
     return {
         "git_commit": git_commit(),
@@ -24,7 +27,8 @@ def environment(device: torch.device, *, world_size: int = 1) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "world_size": world_size,
+        "world_size": mesh.world_size,
+        "mesh": asdict(mesh),
         "command": sys.argv,
     }
 

@@ -71,7 +71,7 @@ def evaluate_folder(config: TrainConfig, name_or_path: str) -> dict[str, object]
         name_or_path, dtype=config.torch_dtype, attn_implementation=config.model.attention
     ).to(device)
     sequences = config.evaluation.sequences
-    batches = validation_batches(data.validation, sequences=sequences, size=config.validation_batch)
+    batches = validation_batches(data.validation, sequences=sequences, size=config.validation_batch())
     loss = mean_loss(model, batches, device)
     return {
         "model": name_or_path,

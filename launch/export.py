@@ -20,11 +20,13 @@ from continual.folders import new_folder
 from launch import exits
 from launch.config import Dtype, to_typed
 from launch.console import Console, make_console
-from launch.description import Description
+from launch.description import description_of
 from launch.forms import Form, Source, check_form, write_adapter, write_model, write_svd
 from launch.snapshot import Snapshot
 from launch.usage import asks_for_help, field_docs
-from parallel.checkpoint import Checkpoint, DamagedCheckpoint, is_disk_error, list_checkpoints, read_checkpoint, share
+from parallel.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
+from parallel.files import is_disk_error, share
+from parallel.parts import DamagedCheckpoint
 from relora.errors import ConfigError
 
 _Kind = TypeVar("_Kind", bound=Enum)
@@ -119,7 +121,7 @@ def export(run_dir: Path, config: ExportConfig, console: Console) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"export.out={out} is there already: remove it, or name another folder")
     trained = to_typed(OmegaConf.create(checkpoint.state["config"]))
-    description = Description(run_dir, trained)
+    description = description_of(run_dir, trained)
     snapshot = Snapshot(checkpoint, description.hf_config, trained.lora)
     source = Source(run_dir=run_dir, config=trained, snapshot=snapshot, description=description)
     check_form(config.to, source, config.rank)
@@ -171,7 +173,7 @@ def _write(source: Source, config: ExportConfig, folder: Path, final: Path, cons
     usual = torch.float32 if config.to is Form.svd else source.config.torch_dtype
     dtype = {None: usual, Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}[config.dtype]
     if config.to is Form.model:
-        write_model(source, folder, dtype)
+        write_model(source.snapshot, source.description, folder, dtype)
     elif config.to is Form.adapter:
         write_adapter(source, folder, dtype, final=final, console=console)
     else:

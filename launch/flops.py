@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 _aten = torch.ops.aten
 
@@ -25,6 +25,12 @@ def count_step_flops(run_microbatch: Callable[[], None]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         run_microbatch()
     return int(counter.get_total_flops())
+
+
+def operation_flops(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """FLOPs of one call of an operator, as a dispatch mode sees it; by the same counts."""
+    count = _BY_OPERATION.get(operation._overloadpacket)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -119,4 +125,8 @@ def _attention_backward(
 _CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_BY_OPERATION: dict[Any, Callable[..., Any]] = {
+    **flop_registry,
+    **{operation: shape_wrapper(count) for operation, count in _CPU_ATTENTION.items()},
 }

@@ -13,8 +13,10 @@ from torch import Tensor
 from launch.config import TrainConfig
 from launch.console import Console
 from launch.description import Description
+from launch.model import in_place_of
 from launch.snapshot import Snapshot
 from launch.spectra import StartWeights
+from parallel.files import is_disk_error
 from relora.adapter import Factors, names_to_save, save_adapter
 from relora.convert import Scaling
 from relora.errors import ConfigError
@@ -69,10 +71,30 @@ def check_form(form: Form, source: Source, rank: int | None) -> None:
                 raise ConfigError(f"export.rank must be at most min(in, out) = {limit} of {name}, got {wanted}")
 
 
-def write_model(source: Source, folder: Path, dtype: torch.dtype, *, merged: bool = True) -> None:
+def write_model(
+    snapshot: Snapshot, description: Description, folder: Path, dtype: torch.dtype, *, merged: bool = True
+) -> None:
     """The whole model as `train` writes final/; or without the delta of the current cycle."""
-    source.snapshot.write_weights(folder, dtype, merged=merged)
-    source.description.write(folder, source.snapshot.skeleton, dtype)
+    snapshot.write_weights(folder, dtype, merged=merged)
+    description.write(folder, snapshot.skeleton, dtype)
+
+
+def write_folder(
+    snapshot: Snapshot, description: Description, folder: Path, dtype: torch.dtype, *, merged: bool = True
+) -> None:
+    """The whole model in a folder that appears at once, in place of one of that name.
+
+    Raises: ConfigError when the disk is full or not writable; what was there before is untouched.
+    """
+    try:
+        with in_place_of(folder) as partial:
+            write_model(snapshot, description, partial, dtype, merged=merged)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_error(error):
+            raise
+        raise ConfigError(
+            f"{folder} cannot be written: {error}. Free some space and start the same command again"
+        ) from error
 
 
 def write_adapter(source: Source, folder: Path, dtype: torch.dtype, *, final: Path, console: Console) -> None:
@@ -84,7 +106,7 @@ def write_adapter(source: Source, folder: Path, dtype: torch.dtype, *, final: Pa
     snapshot, lora = source.snapshot, source.config.lora
     assert lora is not None
     (folder / "base").mkdir()
-    write_model(source, folder / "base", dtype, merged=False)
+    write_model(snapshot, source.description, folder / "base", dtype, merged=False)
     factors: dict[str, Factors] = {}
     for name in snapshot.layers:
         factors[name] = snapshot.tensor(f"{name}.down").to(dtype), snapshot.tensor(f"{name}.up").to(dtype)

@@ -3,11 +3,17 @@
 import math
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
+from continual.batches import Batch
 from launch.objective import accumulate, mean_loss, validation_batches
-from launch.run import Run, hand_over, low_rank_at, save_checkpoint
+from launch.phase import low_rank_at
+from launch.run import Run
+from launch.saves import note_published, save_checkpoint
+from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
+from parallel.collectives import sum_over
 from relora.restart import cycle_of, restart, restart_due
 from relora.schedule import multiplier
 
@@ -26,19 +32,24 @@ def train(run: Run) -> bool:
     clock = Stopwatch()
     while state.step < total and not _asked_to_stop(run):
         update(run, clock)
-        if state.step == config.warm_start_steps:
-            hand_over(run)
-            run.watch.event("warm_start_end", state.step)
+        warm_start_ends = state.step == config.warm_start_steps
         if config.relora is not None and restart_due(config.relora, state.step, total):
             restart_run(run)
         if _due(config.evaluation.every, state.step) or state.step == total:
             evaluate(run)
-        if _due(config.checkpoint.every, state.step) and state.step < total:
+        if warm_start_ends:
+            run.watch.event("warm_start_end", state.step)
+        if warm_start_ends or (_due(config.checkpoint.every, state.step) and state.step < total):
             save_checkpoint(run)
             saved = state.step
+        if warm_start_ends:
+            begin_low_rank(run)
+        note_published(run)
         state.train_seconds += clock.lap()
     if saved != state.step:
         save_checkpoint(run)
+    run.saver.wait()
+    note_published(run)
     return state.step >= total
 
 
@@ -48,8 +59,15 @@ def update(run: Run, clock: Stopwatch) -> None:
     size = config.training.global_batch_size
     scale = multiplier(state.step, config.schedule, total_steps=config.total_steps, restarts=config.restarts)
     lr = config.peak_lr(state.step) * scale
-    batch = run.data.train.batch(state.position, size)
-    loss = accumulate(run.engine, batch, microbatch_size=config.training.microbatch, device=run.device)
+    batch = run.next_batch()
+    part = accumulate(
+        run.engine,
+        batch,
+        targets=_targets(run, batch),
+        microbatch_size=run.microbatch,
+        device=run.runtime.device,
+    )
+    loss = _agree(run, part)
     result = run.engine.step(lr, lambda norm: run.guard.objection(state, loss=loss, grad_norm=norm))
     state.advance(sequences=size, tokens=size * config.data.sequence_length)
     if math.isfinite(loss):
@@ -85,7 +103,8 @@ def restart_run(run: Run) -> None:
         f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared"
     )
     if run.spectra is not None:
-        run.spectra.measure(run.model, state.step, state.restarts)
+        weight_of = run.engine.store.whole_weight
+        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=state.restarts)
 
 
 def evaluate(run: Run) -> float:
@@ -101,15 +120,37 @@ def evaluate(run: Run) -> float:
 
 def validation_loss(run: Run, model: nn.Module) -> float:
     """Mean loss of a model on the run's validation sequences, the same ones each time."""
-    config, validation = run.config, run.data.validation
+    config, validation, axis = run.config, run.data.validation, run.runtime.data
     assert validation is not None
-    batches = validation_batches(validation, sequences=config.evaluation.sequences, size=config.validation_batch)
-    return mean_loss(model, batches, run.device)
+    size = config.validation_batch(axis.size)
+    batches = validation_batches(validation, sequences=config.evaluation.sequences, size=size)
+    return mean_loss(model, batches, run.runtime.device, axis)
+
+
+def _targets(run: Run, batch: Batch) -> int:
+    """Targets of the global batch; without documents to tell apart, every share has as many."""
+    axis = run.runtime.data
+    if batch.position_ids is None:
+        return batch.targets * axis.size
+    return int(sum_over(axis, torch.tensor(batch.targets, device=run.runtime.device)))
+
+
+def _agree(run: Run, part: torch.Tensor) -> float:
+    """The loss over all processes, and, while they talk, whether any of them was asked to stop."""
+    axes = run.runtime
+    sums = torch.zeros(2, dtype=torch.float64, device=axes.device)
+    if axes.tensor.index == 0:
+        sums[0] = part
+    sums[1] = float(bool(run.stop))
+    loss, stops = sum_over(axes.model, sums).tolist()
+    run.stop.agreed = stops > 0
+    return float(loss)
 
 
 def _asked_to_stop(run: Run) -> bool:
     stop_after = run.config.training.stop_after
-    return bool(run.stop) or (stop_after is not None and run.state.step >= stop_after)
+    asked = run.stop.agreed if run.runtime.world_size > 1 else bool(run.stop)
+    return asked or (stop_after is not None and run.state.step >= stop_after)
 
 
 def _due(every: int, step: int) -> bool:

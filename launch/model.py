@@ -4,18 +4,19 @@ import difflib
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from parallel.checkpoint import share
+from parallel.files import share
 from relora.convert import merged_state_dict
 from relora.errors import ConfigError
 
@@ -114,42 +115,45 @@ def build_model(config: ModelConfig, hf_config: PretrainedConfig, *, seed: int, 
     return model
 
 
-def save_model(
-    model: Any,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: torch.dtype,
-    masters: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write the dense model that `model` computes now: factors folded in, Hugging Face names, tokenizer beside.
-
-    Args:
-        masters: fp32 values by parameter name that take the place of the model's own.
+@contextmanager
+def in_place_of(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of another one when it is complete.
 
     Raises:
-        OSError: the folder cannot be written; what was there before is untouched.
+        OSError: it cannot be written; what was there before is untouched.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    use_cache, model.config.use_cache = model.config.use_cache, True
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
-        model.save_pretrained(partial, state_dict=merged_state_dict(model, masters=masters, dtype=dtype))
-        model.config.dtype = dtype  # the model's own was written, and loading would cast to it
-        model.config.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        partial.mkdir(parents=True)
+        yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    finally:
-        model.config.use_cache = use_cache
     share(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def save_model(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype) -> None:
+    """Write the dense model that a whole `model` computes now: factors folded in, Hugging Face names, tokenizer beside.
+
+    Raises:
+        OSError: the folder cannot be written; what was there before is untouched.
+    """
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    try:
+        with in_place_of(folder) as partial:
+            model.save_pretrained(partial, state_dict=merged_state_dict(model, dtype=dtype))
+            model.config.dtype = dtype  # the model's own was written, and loading would cast to it
+            model.config.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    finally:
+        model.config.use_cache = use_cache
 
 
 def _values(config: Any) -> dict[str, Any]:

@@ -4,36 +4,45 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from continual.data import Batch, Validation
+from parallel.collectives import sum_over
 from parallel.engine import Engine
+from parallel.runtime import Axis
+from parallel.vocabulary import summed_cross_entropy
+
+ALONE = Axis(1, 0, None, (0,))
+"""The data axis of one process."""
 
 
-def summed_loss(model: Callable[..., Any], batch: Batch, device: torch.device) -> Tensor:
+def summed_loss(model: nn.Module, batch: Batch, device: torch.device, run: Callable[..., Any] | None = None) -> Tensor:
     """Cross-entropy summed over the batch's targets, in nats.
 
     Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
+
+    Args:
+        run: what computes the model's output; None: the model itself.
     """
     here = batch.to(device)
-    logits = model(input_ids=here.input_ids, position_ids=here.position_ids, use_cache=False).logits
-    return F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), here.labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
+    output = (run or model)(input_ids=here.input_ids, position_ids=here.position_ids, use_cache=False)
+    return summed_cross_entropy(model, output.logits[:, :-1].flatten(0, 1), here.labels[:, 1:].flatten())
 
 
-def accumulate(engine: Engine, batch: Batch, *, microbatch_size: int, device: torch.device) -> float:
-    """Forward and backward of one update; returns the mean loss per target over the global batch.
+def accumulate(engine: Engine, batch: Batch, *, targets: int, microbatch_size: int, device: torch.device) -> Tensor:
+    """Forward and backward of this process's share of one update; returns its part of the mean loss.
 
     Each microbatch counts by its targets, so that the split into microbatches does not change the result.
+
+    Args:
+        targets: of the whole global batch.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for part in microbatches(batch, microbatch_size):
-        loss = summed_loss(engine, part, device) / batch.targets
+        loss = summed_loss(engine.model, part, device, engine) / targets
         engine.backward(loss)
         total += loss.detach()
-    return float(total)
+    return total
 
 
 def microbatches(batch: Batch, size: int) -> Iterator[Batch]:
@@ -52,13 +61,31 @@ def validation_batches(validation: Validation, *, sequences: int | None, size: i
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean loss per target over validation batches, in evaluation mode."""
+def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, axis: Axis = ALONE) -> float:
+    """Mean loss per target over validation batches, in evaluation mode; the processes of an axis take turns.
+
+    All run the same number of forward passes, since a partitioned model needs everyone for each: who has no batch
+    left repeats its last one, and does not count it.
+    """
     was_training = model.training
     model.eval()
-    total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in batches:
-        total += summed_loss(model, batch, device)
-        targets += batch.targets
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
+    for mine, counts in _turns(batches, axis):
+        loss = summed_loss(model, mine, device)
+        if counts:
+            sums += torch.stack([loss.double(), loss.new_tensor(mine.targets, dtype=torch.float64)])
     model.train(was_training)
-    return float(total) / targets
+    loss_sum, targets = sum_over(axis, sums).tolist()
+    return float(loss_sum / targets)
+
+
+def _turns(batches: Iterable[Batch], axis: Axis) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, and whether each counts."""
+    mine, number = None, -1
+    for number, batch in enumerate(batches):
+        if number % axis.size == axis.index or mine is None:
+            mine = batch
+        if number % axis.size == axis.size - 1:
+            yield mine, True
+    if mine is not None and (left := (number + 1) % axis.size):
+        yield mine, axis.index < left

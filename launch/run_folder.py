@@ -14,18 +14,15 @@ import yaml
 
 from launch.config import TrainConfig, keys_of, resolved
 from launch.records import truncate_records
-from parallel.checkpoint import (
-    Checkpoint,
-    DamagedCheckpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    write_atomically,
-)
+from parallel.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from parallel.files import write_atomically
+from parallel.parts import DamagedCheckpoint
 from relora.errors import ConfigError
 
 # What may differ between two attempts at the same run: where it runs, how it is watched, how memory is used.
 _FREE = (
     "checkpoint.",
+    "parallel.",
     "evaluation.batch_size",
     "evaluation.spectra",
     "tracker",

@@ -13,6 +13,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.agreed = False
+        """Whether any process was asked, as all of them learned with the last update."""
 
     def __bool__(self) -> bool:
         return self.name is not None

@@ -6,11 +6,9 @@ together one by one from what the optimizer holds, so that their weights are tho
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -26,16 +24,19 @@ SHARD_BYTES = 2 << 30
 
 
 class Snapshot:
-    """A checkpoint's tensors under their Hugging Face names, with fp32 masters where there are any."""
+    """A checkpoint's tensors under their Hugging Face names, with fp32 masters where there are any.
+
+    Each is whole, however many processes wrote the checkpoint, and however they shared it.
+    """
 
     def __init__(self, checkpoint: Checkpoint, hf_config: PretrainedConfig, lora: LoraConfig | None) -> None:
-        """Open the files.
+        """Look at the names and shapes.
 
         Raises: ConfigError when the checkpoint is not of this model.
         """
+        self._checkpoint = checkpoint
         self._lora = lora
-        self._model, self._optimizer = (_opened(checkpoint.folder, kind) for kind in ("model", "optimizer"))
-        self._stored, self._optimized = set(self._model.keys()), set(self._optimizer.keys())
+        self._stored, self._optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
         with torch.device("meta"):
             self.skeleton: nn.Module = AutoModelForCausalLM.from_config(hf_config)
         self._plain = self.skeleton.state_dict(keep_vars=True)
@@ -46,7 +47,7 @@ class Snapshot:
         owners = [name.removesuffix(".weight") for name in self.names]
         self.layers = [owner for owner in owners if {f"{owner}.down", f"{owner}.up"} <= self._stored]
         """Low-rank modules; none at full rank, as in a warm start."""
-        self._check(checkpoint.folder)
+        self._check()
 
     @property
     def trained(self) -> list[str]:
@@ -57,10 +58,8 @@ class Snapshot:
         """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
         name = self._first_name.get(name, name)
         master = f"{name}/master"
-        tensor: Tensor = (
-            self._optimizer.get_tensor(master) if master in self._optimized else self._model.get_tensor(name)
-        )
-        return tensor
+        kind, name = ("optimizer", master) if master in self._optimized else ("model", name)
+        return self._checkpoint.whole(kind, name)
 
     def is_transposed(self, layer: str) -> bool:
         """Whether a layer's weight is (in, out)."""
@@ -83,7 +82,7 @@ class Snapshot:
         )
         layer.down.data, layer.up.data = down, up
         if f"{name}.extra_bits" in self._stored:
-            layer.extra_bits = self._model.get_tensor(f"{name}.extra_bits")
+            layer.extra_bits = self._checkpoint.whole("model", f"{name}.extra_bits")
         return layer
 
     def weight(self, name: str, *, merged: bool) -> Tensor:
@@ -114,16 +113,13 @@ class Snapshot:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _check(self, folder: Path) -> None:
+    def _check(self) -> None:
+        wrong = f"{self._checkpoint.folder} is of another model than run.dir"
         parts = {f"{layer}.{part}" for layer in self.layers for part in ("down", "up", "extra_bits")}
         for name in sorted((self._stored - parts) ^ set(self.names)):
             side = "only the checkpoint has" if name in self._stored else "the checkpoint lacks"
-            raise ConfigError(f"{folder} is of another model than run.dir: {side} {name}")
+            raise ConfigError(f"{wrong}: {side} {name}")
         for name in self.names:
-            here, there = list(self._plain[name].shape), self._model.get_slice(name).get_shape()
+            here, there = tuple(self._plain[name].shape), self._checkpoint.shape("model", name)
             if here != there:
-                raise ConfigError(f"{folder} is of another model than run.dir: {name} is {there} there and {here} here")
-
-
-def _opened(folder: Path, kind: str) -> Any:
-    return safe_open(folder / f"{kind}.safetensors", framework="pt")
+                raise ConfigError(f"{wrong}: {name} is {there} there and {here} here")

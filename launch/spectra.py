@@ -5,7 +5,8 @@ is not changed. What the numbers mean is in relora/spectrum.py.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from launch.records import Record, append_records
+from parallel.collectives import gather_objects
+from parallel.runtime import Runtime
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.linear import LowRankLinear
@@ -30,18 +33,33 @@ class Spectra:
         self._choice = choice
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, step: int, restart_index: int) -> None:
-        """Decompose the update of every selected layer so far.
+    def measure(
+        self,
+        model: nn.Module,
+        weight_of: Callable[[LowRankLinear], Tensor],
+        runtime: Runtime,
+        *,
+        step: int,
+        restart_index: int,
+    ) -> None:
+        """Decompose the update of every selected layer so far; each process takes its turn, the main one writes.
+
+        `weight_of` gives a layer's whole weight with its delta in fp32; all processes ask it for the same layers.
 
         Raises: ConfigError when start/ does not hold the layer's first weight.
         """
         layers = low_rank_modules(model)
         start = StartWeights(self._start_folder)
-        records = []
-        for name in select_modules(layers, self._choice):
-            measured = _measure(layers[name], start.read(f"{name}.weight"), restart_index)
-            records.append({"step": step, "restart": restart_index, "module": name, **measured})
-        append_records(self._path, *records)
+        mine: list[Record] = []
+        for number, name in enumerate(select_modules(layers, self._choice)):
+            now = weight_of(layers[name])
+            if number % runtime.world_size == runtime.process_rank:
+                measured = _measure(layers[name], now, start.read(f"{name}.weight"), restart_index)
+                mine.append({"step": step, "restart": restart_index, "module": name, **measured})
+        by_process = [iter(records) for records in gather_objects(runtime, mine)]
+        in_order = [record for turn in zip_longest(*by_process) for record in turn if record is not None]
+        if runtime.is_main:
+            append_records(self._path, *in_order)
 
 
 class StartWeights:
@@ -98,10 +116,10 @@ def _layer_of(name: str) -> tuple[str, int] | None:
     return None
 
 
-def _measure(layer: LowRankLinear, start: Tensor, restarts: int) -> Record:
-    now = layer.base() + layer.delta()  # the delta is zero right after a merge, and everything without merges
+def _measure(layer: LowRankLinear, now: Tensor, start: Tensor, restarts: int) -> Record:
     before = start.to(now.device, torch.float32)
-    delta = now - (before.t() if layer.transposed else before)
+    now, before = (now.t(), before.t()) if layer.transposed else (now, before)
+    delta = now - before
     values = singular_values(delta)
     exact = layer.extra_bits is not None
     eps = torch.finfo(torch.float32 if exact else layer.weight.dtype).eps

@@ -1,10 +1,14 @@
 """`train`: from a checked configuration to a finished, stopped or refused run."""
 
 import gc
+import hashlib
+import json
 import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,41 +16,38 @@ from transformers import AutoModelForCausalLM
 
 from continual.data import Data, open_data
 from launch import exits
-from launch.config import TrainConfig, load, resolved
+from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.console import Console, make_console
 from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
 from launch.loop import evaluate, train, validation_loss
 from launch.model import model_config, name_special_tokens, save_model
+from launch.phase import make_engine, make_phase
 from launch.prepare import following, show_data
 from launch.report import report
-from launch.run import (
-    Run,
-    adopt_start,
-    build,
-    load_checkpoint,
-    low_rank_at,
-    make_engine,
-    masters,
-    save_start,
-    show_model,
-    step_flops,
-)
+from launch.run import Run, show_model
 from launch.run_folder import RunFolder, default_folder, find, locked
+from launch.saves import adopt_start, last_checkpoint, load_checkpoint, save_folder, seed_dropout
 from launch.signals import StopRequest, listening
+from launch.skeleton import step_flops
 from launch.spectra import Spectra
 from launch.state import RunState
 from launch.tracker import open_tracker
 from launch.usage import asks_for_help, train_help
-from launch.watch import Watch
-from parallel.runtime import start
+from launch.watch import Watch, has_room
+from parallel.checkpoint import Checkpoint, open_checkpoint
+from parallel.collectives import gather_objects, on_main, same_on_all
+from parallel.launchers import own_words
+from parallel.runtime import Runtime, start
+from parallel.saving import Saver
+from parallel.watchdog import watched
 from relora.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `train`; returns its exit code."""
-    overrides = list(sys.argv[1:] if argv is None else argv)
+    overrides = own_words(sys.argv[1:] if argv is None else argv)
     if asks_for_help(overrides):
         print(train_help())
         return exits.DONE
@@ -54,38 +55,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(config: TrainConfig) -> int:
-    """Train as configured; returns the exit code.
+    """Train as configured, on all processes that a launcher started; returns the exit code.
 
     Raises:
         ConfigError: something that the user can mend; nothing on disk is harmed.
     """
-    path = default_folder(config)
-    with locked(path):
-        folder = find(config, path)
-        console = make_console(enabled=True)
-        for notice in folder.notices:
-            console.info(notice)
-        if folder.finished:
-            console.info(f"{path} is done already: its results are in summary.json and final/")
-            console.info("status: done")
-            return exits.DONE
-        with start() as runtime, listening() as stop:
-            run = prepare(config, folder, runtime.device, console, stop)
-            return execute(run)
+    limits = config.parallel
+    with (
+        start(tensor=limits.tensor, timeout_seconds=limits.timeout_seconds) as runtime,
+        watched(runtime, explain=exits.explain, silence_seconds=limits.silence_seconds),
+        listening() as stop,
+    ):
+        _check_processes(config, runtime)
+        path = Path(on_main(runtime, lambda: str(default_folder(config))))
+        with locked(path) if runtime.is_main else nullcontext():
+            console = make_console(enabled=runtime.is_main)
+            folder = _find(config, path, runtime)
+            for notice in folder.notices:
+                console.info(notice)
+            if folder.finished:
+                console.info(f"{path} is done already: its results are in summary.json and final/")
+                console.info("status: done")
+                return exits.DONE
+            return execute(prepare(config, folder, runtime, console, stop))
 
 
-def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, console: Console, stop: StopRequest) -> Run:
+def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest) -> Run:
     """Open the data, build the model and the engine, and put a checkpoint into them if there is one.
 
     Nothing is written to the run folder before data and model have passed their checks.
     """
     _set_numerics(config)
-    with following(console) as progress:
-        data = open_data(config.data, seed=config.run.seed, progress=progress)
-    if data.validation is None:
-        raise ConfigError(
-            "data.validation_fraction=0 without data.validation_path leaves nothing to validate on: set one of them"
-        )
+    data = _open_data(config, runtime, console)
     hf_config = model_config(config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length)
     if config.model.name_or_path is None:
         name_special_tokens(hf_config, data.tokenizer)
@@ -93,41 +94,50 @@ def prepare(config: TrainConfig, folder: RunFolder, device: torch.device, consol
     state = RunState.from_dict(resume.state["run"]) if resume else RunState()
     if resume:
         _check_data(folder, data)
-    model, conversion, adapter = build(config, hf_config, device, state, fresh=resume is None)
-    flops = step_flops(model, data, config, device)
-    folder.begin(config, environment(device), step=state.step)
-    watch = _watch(config, folder, console, device, flops)
+    tensor = runtime.tensor.size
+    phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor)
+    here = environment(runtime.device, mesh=runtime.mesh)
+    on_main(runtime, lambda: folder.begin(config, here, step=state.step))
+    if resume is None and config.run.save_start and phase.conversion is not None:
+        on_main(runtime, lambda: save_model(phase.model, folder.path / "start", data.tokenizer, dtype=torch.float32))
     run = Run(
         config=config,
         folder=folder,
-        device=device,
+        runtime=runtime,
         data=data,
-        model=model,
-        engine=make_engine(model, config),
+        hf_config=hf_config,
+        engine=make_engine(phase, config, runtime),
+        conversion=phase.conversion,
         state=state,
         guard=Guard(
             sigma=config.training.skip_sigma,
             window=config.training.skip_window,
             max_skips=config.training.max_skips,
         ),
-        watch=watch,
+        saver=Saver(folder.checkpoints, runtime, config.checkpoint),
+        watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step)),
         stop=stop,
         spectra=_spectra(config, folder),
-        conversion=conversion,
     )
     _introduce(run)
-    if adapter is not None:
-        watch.say(f"lora.init_from: {adapter}")
-    if resume:
-        load_checkpoint(run, resume)
-        adopt_start(run, resume)
-        watch.event("resume", state.step, path=str(resume.folder))
-        watch.say(f"resumed from {resume.folder} at step {state.step}")
+    if phase.adapter is not None:
+        run.watch.say(f"lora.init_from: {phase.adapter}")
+    if resume is None:
+        seed_dropout(config.run.seed, runtime)
     else:
-        if low_rank_at(config, 0):
-            save_start(run)
-        torch.manual_seed(config.run.seed)  # from here on for dropout only
+        _resume(run, resume)
     return run
+
+
+def _resume(run: Run, resume: Checkpoint) -> None:
+    begins_low_rank = load_checkpoint(run, resume)
+    if not begins_low_rank:
+        adopt_start(run, resume)
+    elif run.config.run.save_start:
+        save_folder(run, "start", resume, torch.float32)
+    resume.close()
+    run.watch.event("resume", run.state.step, path=str(resume.folder))
+    run.watch.say(f"resumed from {resume.folder} at step {run.state.step}")
 
 
 def execute(run: Run) -> int:
@@ -143,18 +153,20 @@ def execute(run: Run) -> int:
         with watch.console.progress(run.config.total_steps, state.step) as watch.progress:
             complete = train(run)
     except TrainingDiverged:
-        run.folder.write_summary({"status": "diverged", "step": state.step, "skipped": state.skipped})
+        run.saver.wait()
+        _summarize(run, {"status": "diverged", "step": state.step, "skipped": state.skipped})
         watch.tracker.finish(exits.FAILED)
         raise
     if not complete:
-        reason = run.stop.name or f"training.stop_after={run.config.training.stop_after}"
-        run.folder.write_summary({"status": "stopped", "reason": reason, "step": state.step})
+        reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
+        reason = reason or f"training.stop_after={run.config.training.stop_after}"
+        _summarize(run, {"status": "stopped", "reason": reason, "step": state.step})
         watch.say(f"stopped by {reason} after step {state.step}; the same command continues the run")
         watch.say("status: stopped")
         watch.tracker.finish(exits.PREEMPTED)
         return exits.PREEMPTED
     summary = finish(run)
-    run.folder.write_summary(summary)
+    _summarize(run, summary)
     watch.tracker.summary(summary)
     if watch.tracker.run_id is not None:
         pictures = report([run.folder.path], run.folder.path / "report")
@@ -173,13 +185,14 @@ def finish(run: Run) -> dict[str, Any]:
     state, config = run.state, run.config
     live_loss = state.val_loss if state.val_step == state.step else evaluate(run)
     assert live_loss is not None
-    if run.spectra is not None and state.step > 0:
-        run.spectra.measure(run.model, state.step, state.restarts + 1)  # the last cycle's, which final/ folds in
+    if run.spectra is not None and state.step > 0 and run.conversion is not None:
+        # The last cycle's delta is in it, which final/ folds in.
+        weight_of = run.engine.store.whole_weight
+        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=state.restarts + 1)
     val_loss = live_loss
     if config.run.save_final:
-        final = run.folder.path / "final"
-        save_model(run.model, final, run.data.tokenizer, dtype=config.torch_dtype, masters=masters(run))
-        val_loss = _written_loss(run)
+        save_folder(run, "final", last_checkpoint(run), config.torch_dtype)
+        val_loss = _written_loss(run, live_loss)
         run.watch.event("final", state.step, val_loss=val_loss, merge_difference=val_loss - live_loss)
     seconds = state.train_seconds
     return {
@@ -194,20 +207,76 @@ def finish(run: Run) -> dict[str, Any]:
         "bytes_sent": 0,
         "skipped": len(state.skipped),
         "tokens_per_second": round(state.tokens / seconds, 1) if seconds else None,
-        "peak_memory_bytes": state.peak_memory_bytes,
+        "peak_memory_bytes": max(gather_objects(run.runtime, state.peak_memory_bytes)),
         "wall_seconds": round(seconds, 3),
     }
 
 
-def _written_loss(run: Run) -> float:
-    """Validation loss of final/ as a user would load it. The run's own model makes room for it first."""
+def _summarize(run: Run, summary: dict[str, Any]) -> None:
+    if run.runtime.is_main:
+        run.folder.write_summary(summary)
+
+
+def _written_loss(run: Run, live_loss: float) -> float:
+    """Validation loss of final/ as a user would load it, whole, on every process's device; the live one without room.
+
+    The run's own model makes room for it first.
+    """
+    final = run.folder.path / "final"
     run.engine.close()
     run.model.to("cpu")
     gc.collect()
+    size = sum(path.stat().st_size for path in final.glob("*.safetensors"))
+    if not all(gather_objects(run.runtime, has_room(run.runtime.device, size))):
+        run.watch.say(f"final/ is not loaded again: a process has no room for its {size:,} bytes")
+        return live_loss
     model = AutoModelForCausalLM.from_pretrained(
-        run.folder.path / "final", dtype=run.config.torch_dtype, attn_implementation=run.config.model.attention
-    ).to(run.device)
+        final, dtype=run.config.torch_dtype, attn_implementation=run.config.model.attention
+    ).to(run.runtime.device)
     return validation_loss(run, model)
+
+
+def _check_processes(config: TrainConfig, runtime: Runtime) -> None:
+    check_mesh(config, runtime.mesh)
+    told = json.dumps(resolved(config), sort_keys=True)
+    same_on_all(
+        runtime,
+        "the configuration",
+        hashlib.sha256(told.encode()).hexdigest()[:12],
+        "start all processes with the same command and the same version",
+    )
+
+
+def _find(config: TrainConfig, path: Path, runtime: Runtime) -> RunFolder:
+    """The run folder as the main process finds it."""
+
+    def found() -> tuple[Path | None, bool, list[str]]:
+        folder = find(config, path)
+        resume = None if folder.resume is None else folder.resume.folder
+        return resume, folder.finished, folder.notices
+
+    resume, finished, notices = on_main(runtime, found)
+    checkpoint = open_checkpoint(resume) if resume is not None else None
+    return RunFolder(path=path, resume=checkpoint, finished=finished, notices=notices)
+
+
+def _open_data(config: TrainConfig, runtime: Runtime, console: Console) -> Data:
+    """Open the data, on the main process first: it prepares what is not prepared yet."""
+
+    def opened() -> Data:
+        with following(console) as progress:
+            return open_data(config.data, seed=config.run.seed, progress=progress)
+
+    ours: list[Data] = []
+    on_main(runtime, lambda: ours.append(opened()))
+    data = ours[0] if ours else opened()
+    way_out = "let all of them read the same files"
+    same_on_all(runtime, "the data (its fingerprint)", data.fingerprint[:12], way_out)
+    if data.validation is None:
+        raise ConfigError(
+            "data.validation_fraction=0 without data.validation_path leaves nothing to validate on: set one of them"
+        )
+    return data
 
 
 def _set_numerics(config: TrainConfig) -> None:
@@ -234,9 +303,9 @@ def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
 
 
-def _watch(config: TrainConfig, folder: RunFolder, console: Console, device: torch.device, flops: int) -> Watch:
+def _watch(config: TrainConfig, folder: RunFolder, console: Console, runtime: Runtime, flops: int) -> Watch:
     tracker = open_tracker(
-        config.tracker,
+        config.tracker if runtime.is_main else None,
         run_dir=folder.path,
         run_name=config.run.name,
         resolved=resolved(config),
@@ -245,18 +314,18 @@ def _watch(config: TrainConfig, folder: RunFolder, console: Console, device: tor
     )
     if tracker.run_id is not None:
         folder.write_tracker_id(tracker.run_id)
-    peak = config.training.peak_flops or peak_flops(device, config.torch_dtype)[0]
+    peak = config.training.peak_flops or peak_flops(runtime.device, config.torch_dtype)[0]
     cycles = None
     if config.relora is not None:
         cycles = -(-(config.total_steps - config.warm_start_steps) // config.relora.every)
     return Watch(
-        metrics=folder.metrics,
+        metrics=folder.metrics if runtime.is_main else None,
         console=console,
         tracker=tracker,
-        device=device,
+        device=runtime.device,
         log_every=config.run.log_every,
         flops_per_step=flops,
-        peak_flops=peak,
+        peak_flops=peak * runtime.world_size,
         cycles=cycles,
     )
 

@@ -1,5 +1,6 @@
 """Tells everybody who watches: metrics.jsonl, the console and the tracker. Reads the run, never changes it."""
 
+import os
 import resource
 import sys
 import time
@@ -19,7 +20,8 @@ from launch.tracker import Tracker
 class Watch:
     """One run's audience."""
 
-    metrics: Path
+    metrics: Path | None
+    """Where records go; None on all processes but the main one, whose console and tracker are silent, too."""
     console: Console
     tracker: Tracker
     device: torch.device
@@ -68,19 +70,23 @@ class Watch:
         if self.progress is not None:
             self.progress.update(state.step, record, cycle=cycle, cycles=self.cycles)
         if state.step % self.log_every == 0:
-            append_records(self.metrics, record)
+            self._append(record)
             self.tracker.log(record)
             self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
     def event(self, name: str, step: int, **values: Any) -> None:
         """Record something that happened once."""
         record = {"event": name, "step": step, **values}
-        append_records(self.metrics, record)
+        self._append(record)
         self.tracker.event(record)
 
     def say(self, text: str) -> None:
         """Tell the user."""
         self.console.info(text)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            append_records(self.metrics, record)
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -100,6 +106,18 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether so many further bytes fit into a device's memory, or into this process's share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] > size
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # a system that does not tell
+        return True
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > size
 
 
 class Stopwatch:

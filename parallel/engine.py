@@ -1,63 +1,38 @@
-"""The only module that knows DeepSpeed: its configuration is derived here, and its engine is wrapped here.
+"""The only module that knows DeepSpeed's engine: it is built here, and wrapped.
 
-The wrapper adds three things to DeepSpeed's engine: the learning rate comes from outside, step by step; an
-update can be refused after its gradient norm is known; and `store` reaches every parameter's master and moments.
+The wrapper adds to it: the learning rate comes from outside, step by step; an update can be refused after its
+gradient norm is known; and `store` reaches every parameter's master and moments. The settings are derived in
+parallel/zero.py; where DeepSpeed keeps things is in parallel/places.py.
 """
 
+import importlib
+import io
 import logging
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.collectives import sum_over
+from parallel.places import trainable_places
+from parallel.regions import Region
+from parallel.runtime import Axis, Runtime
 from parallel.shards import Shards
-from relora.errors import ConfigError
+from parallel.zero import BUCKET_ENTRIES, ParallelConfig, deepspeed_config
 
-
-@dataclass(kw_only=True, slots=True)
-class ParallelConfig:
-    """How processes share the work."""
-
-    zero_stage: int = 0
-    """ZeRO stage; 0 while there is one process, which has nothing to partition."""
-    tensor: int = 1
-    """Degree of tensor parallelism; 1 while there is one process."""
-
-    def __post_init__(self) -> None:
-        for key, value, only in (("zero_stage", self.zero_stage, 0), ("tensor", self.tensor, 1)):
-            if value != only:
-                raise ConfigError(f"parallel.{key} must be {only}, got {value}: this version trains in one process")
-
-
-def deepspeed_config(*, bf16: bool, microbatch_size: int, max_grad_norm: float) -> dict[str, Any]:
-    """The engine's dictionary, derived from a run's settings.
-
-    In bf16 the engine keeps fp32 masters and sums gradients in fp32. DeepSpeed offers that optimizer as ZeRO
-    stage 1; with one process nothing is partitioned by it. In fp32 clipping is ours, since DeepSpeed's plain
-    path does not tell the norm.
-    """
-    config: dict[str, Any] = {
-        "train_batch_size": microbatch_size,
-        "train_micro_batch_size_per_gpu": microbatch_size,
-        "managed_gradient_accumulation": False,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-        "wall_clock_breakdown": False,
-    }
-    if bf16:
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["zero_optimization"] = {"stage": 1}
-        config["gradient_clipping"] = max_grad_norm
-    return config
+Groups = Sequence[dict[str, Any]]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """What one optimizer step did; equal on all processes."""
 
     grad_norm: float
     """Global gradient norm before clipping; infinite or NaN when the gradients were."""
@@ -77,72 +52,134 @@ class _GatedAdamW(torch.optim.AdamW):
 class Engine:
     """Trains one model: forward, backward, step, and access to what the optimizer holds.
 
-    Collectives: none in one process.
+    Collectives: every method, by all processes of a head.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        groups: Sequence[dict[str, Any]],
+        groups: Groups,
         *,
+        runtime: Runtime,
+        parallel: ParallelConfig,
+        regions: Mapping[str, Region],
         betas: tuple[float, float],
         eps: float,
         microbatch_size: int,
         max_grad_norm: float,
     ) -> None:
-        trainable = [parameter for group in groups for parameter in group["params"]]
+        """Build it.
+
+        Args:
+            regions: what tensor parallelism left of parameters and buffers, by name; the others are whole.
+        """
+        members = [list(group["params"]) for group in groups]
+        trainable = [parameter for group in members for parameter in group]
         bf16 = trainable[0].dtype == torch.bfloat16
-        self._clip_here = 0.0 if bf16 else max_grad_norm
+        self._runtime = runtime
+        self._stage = parallel.zero_stage
+        self._max_grad_norm = max_grad_norm
         self._optimizer = _GatedAdamW(list(groups), betas=betas, eps=eps, fused=True)
         self._optimizer.gate = self._may_update
-        self._admit: Callable[[float], str | None] = lambda norm: None
+        self._admit: Callable[[float], str | None] | None = None
         self._result: StepResult | None = None
-        settings = deepspeed_config(bf16=bf16, microbatch_size=microbatch_size, max_grad_norm=max_grad_norm)
-        self._engine = _initialize(model, self._optimizer, settings)
+        settings = deepspeed_config(
+            parallel,
+            bf16=bf16,
+            microbatch_size=microbatch_size,
+            max_grad_norm=max_grad_norm,
+            trainable=sum(parameter.numel() for parameter in trainable),
+            on_gpu=runtime.device.type == "cuda",
+        )
+        axes = _Axes(runtime, replicas=parallel.zero_stage == 0)
+        self._engine = _initialize(model, self._optimizer, settings, axes)
+        # At stage 0 DeepSpeed sees a data axis of one process, and the sum over the real one is made here.
+        self._engine.enable_backward_allreduce = self._stage > 0
         self.model = model
-        self.store = Shards(self._optimizer, trainable)
+        self.store = Shards(
+            model,
+            self._optimizer,
+            trainable_places(self._optimizer, self._engine.optimizer, members),
+            runtime=runtime,
+            regions=regions,
+            spread=self._stage > 0 and runtime.data.size > 1,
+        )
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for one microbatch."""
         return self._engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one microbatch's share of the step's loss."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        """Add the gradients of this process's share of the step's loss; the shares of the data axis are summed."""
+        averaged_over = self._runtime.data.size if self._stage > 0 else 1
+        self._engine.backward(loss * averaged_over if averaged_over > 1 else loss, scale_wrt_gas=False)
 
     def step(self, lr: float, admit: Callable[[float], str | None]) -> StepResult:
         """Clip, ask `admit` with the gradient norm, update unless it names a reason not to, clear gradients.
 
         Args:
             lr: every group's learning rate for this update.
-            admit: called once with the gradient norm; returns a reason to refuse the update, or None.
+            admit: called once with the gradient norm; returns a reason to refuse the update, or None. Its answer
+                must be the same on all processes.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self._stage == 0 and self._runtime.data.group is not None:
+            self._sum_gradients()
         self._admit, self._result = admit, None
         self._engine.step()
         if self._result is None:  # DeepSpeed refused by itself: the norm was not finite
             norm = float("inf")
             self._result = StepResult(grad_norm=norm, refused=admit(norm) or "gradients are not finite")
+        self._admit = None
         return self._result
 
     def _may_update(self) -> bool:
-        norm = self._norm_and_clip()
-        self._result = StepResult(grad_norm=norm, refused=self._admit(norm))
+        """Decide once for a step; stage 3 asks for each of its groups, and its set-up before any step."""
+        if self._admit is None:
+            return False
+        if self._result is None:
+            norm = self._norm_and_clip()
+            self._result = StepResult(grad_norm=norm, refused=self._admit(norm))
         return self._result.refused is None
 
     def _norm_and_clip(self) -> float:
         if self._optimizer is not self._engine.optimizer:
-            return float(self._engine.optimizer._global_grad_norm)
-        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self._clip_here > 0:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip_here, norm)
-        return float(norm)
+            norm = float(self._engine.optimizer._global_grad_norm)
+            return norm if norm >= 0 else float("inf")  # DeepSpeed's sign of a norm that is not finite
+        parameters = self._trainable()
+        norm_ = _total_norm(parameters, self._runtime.tensor)
+        if self._max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm_)
+        return float(norm_)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _sum_gradients(self) -> None:
+        """Sum gradients over the data axis, in flat buckets."""
+        zero = self._engine.optimizer
+        if zero is not self._optimizer:
+            gradients = list(zero.fp32_groups_gradients_flat)
+        else:
+            for parameter in self._trainable():  # every process must bring the same tensors
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [parameter.grad for parameter in self._trainable()]
+        for bucket in _buckets(gradients, BUCKET_ENTRIES):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                sum_over(self._runtime.data, bucket[0])
+                continue
+            flat = sum_over(self._runtime.data, torch.cat([gradient.flatten() for gradient in bucket]))
+            for gradient, summed in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks from the model, so that another engine can take it over."""
+        """Remove DeepSpeed's hooks from the model; at stage 3 its weights stay partitioned."""
         self._engine.destroy()
+        importlib.import_module(
+            "deepspeed.runtime.zero.parameter_offload"
+        ).FWD_MODULE_STACK.clear()  # keeps models alive
         for parameter in self.model.parameters():
             parameter.grad = None
             for name in ("_hp_mapping", "_hp_grad"):
@@ -150,13 +187,100 @@ class Engine:
                     delattr(parameter, name)
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+def _total_norm(parameters: Sequence[nn.Parameter], tensor: Axis) -> Tensor:
+    """Norm of all gradients of a model; parameters that every process of the tensor axis holds count once."""
+    if tensor.group is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    counted = [
+        parameter.grad
+        for parameter in parameters
+        if parameter.grad is not None and (tensor.index == 0 or hasattr(parameter, "tensor_model_parallel"))
+    ]
+    return sum_over(tensor, nn.utils.get_total_norm(counted).float() ** 2) ** 0.5
+
+
+def _buckets(tensors: Sequence[Tensor], entries: int) -> list[list[Tensor]]:
+    """Consecutive tensors of one dtype, up to a number of entries together."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.numel() > room or tensor.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            room = entries
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+class _Axes:
+    """The mesh in the words that DeepSpeed asks a Megatron-like `mpu` with."""
+
+    def __init__(self, runtime: Runtime, *, replicas: bool) -> None:
+        rank = runtime.process_rank
+        self._data = Axis(1, 0, None, (rank,)) if replicas else runtime.data
+        self._tensor = runtime.tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Group that ZeRO partitions over."""
+        return _group_of(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Its size."""
+        return self._data.size
+
+    def get_data_parallel_rank(self) -> int:
+        """This process's number in it."""
+        return self._data.index
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Its members."""
+        return list(self._data.ranks)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Group that holds the parts of one model."""
+        return _group_of(self._tensor)
+
+    def get_model_parallel_world_size(self) -> int:
+        """Its size."""
+        return self._tensor.size
+
+    def get_model_parallel_rank(self) -> int:
+        """This process's number in it."""
+        return self._tensor.index
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+def _group_of(axis: Axis) -> dist.ProcessGroup:
+    if axis.group is not None:
+        return axis.group
+    world = dist.group.WORLD
+    assert world is not None
+    return world if dist.get_world_size() == 1 else _alone(dist.get_rank())
+
+
+@cache
+def _alone(rank: int) -> dist.ProcessGroup:
+    group = dist.new_group([rank], use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], axes: _Axes) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
+    importlib.import_module("torch._dynamo")  # stage 3 looks for it in torch and does not import it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Built from source on first use, for minutes, and of no use to one process.
+    # Its calls of older names of torch's collectives are nothing that a user could mend.
+    warnings.filterwarnings("ignore", r"`torch.distributed.*is deprecated", FutureWarning)
+    # Built from source on first use, for minutes, and it ignores process groups.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use a dozen times
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=axes, dist_init_required=False
+        )
     return engine

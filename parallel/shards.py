@@ -1,92 +1,283 @@
-"""One parameter's fp32 master and Adam state, wherever the engine keeps them.
+"""What this process holds of a model and its optimizer, and how restarts and checkpoints reach it.
 
-The engine either optimizes a parameter itself (fp32) or a flat fp32 copy of its whole group (bf16), in which
-each parameter owns a range. `Shards` finds that range, so that restarts and checkpoints address parameters by
-identity and never see the difference.
+Three things may cut a parameter: tensor parallelism (a region of the plain model's tensor), ZeRO's partition of
+masters and moments (a flat range of that), and stage 3's partition of the weight itself. Restarts and
+checkpoints address parameters by identity or name and never see the difference.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from parallel.collectives import sum_over
+from parallel.places import Place, drop_whole, is_partitioned, piece, piece_range, state_of
+from parallel.regions import Region
+from parallel.regions import whole as whole_region
+from parallel.runtime import Runtime
+from relora.convert import low_rank_modules
+from relora.linear import BasePart, LowRankLinear
 from relora.optimizer import Moments
+from relora.precision import MergePrecision, join
 
-
-@dataclass(slots=True, frozen=True)
-class _Place:
-    """The tensor that the optimizer holds, and the range of it that belongs to one parameter."""
-
-    owner: Tensor
-    start: int
-    count: int
-
-    def of(self, tensor: Tensor, shape: torch.Size) -> Tensor:
-        return tensor.view(-1).narrow(0, self.start, self.count).view(shape)
+Held = dict[str, dict[str, tuple[Region, Tensor]]]
+"""Kind of tensor -> name -> the part that this process holds; kinds are `model` and `optimizer`."""
+Read = Callable[[str, str, Region], Tensor | None]
+"""From a kind, a name and a region to the values there, or None where there are none."""
 
 
 class Shards:
-    """Access to masters and moments of an engine's trainable parameters.
+    """Access to weights, masters and moments of an engine.
 
     Implements `relora.restart.ParameterStore`.
+    Collectives: methods that return whole values or sums, by all processes of a head.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        places: Mapping[nn.Parameter, Place],
+        *,
+        runtime: Runtime,
+        regions: Mapping[str, Region],
+        spread: bool,
+    ) -> None:
+        """Take hold of an engine's tensors; where stage 3 has cut a weight, its extra bits are cut alike.
+
+        Args:
+            regions: what tensor parallelism left of tensors, by name; the others are whole.
+            spread: whether masters and moments are partitioned over the data axis.
+        """
+        self._model = model
         self._optimizer = optimizer
-        held = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
-        self._places = {parameter: self._place(parameter, held) for parameter in parameters}
+        self._places = places
+        self._runtime = runtime
+        self._spread = spread
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._cut = set(regions)
+        self._regions = {name: regions.get(name) or Region(_shape(one)) for one, name in self._names.items()}
+        self._buffer_regions = {name: regions.get(name) or whole_region(one) for name, one in _buffers(model)}
+        for name, layer in low_rank_modules(model).items():
+            if layer.extra_bits is None:
+                continue
+            region = self._regions[f"{name}.weight"]
+            if is_partitioned(layer.weight):
+                start, count = piece_range(layer.weight)
+                bits = layer.extra_bits.view(-1)[start : start + count]
+                layer.extra_bits = bits.to(piece(layer.weight).device, copy=True)
+                region = region.flat(start, count)
+            self._buffer_regions[f"{name}.extra_bits"] = region
 
-    def _place(self, parameter: nn.Parameter, held: dict[int, Tensor]) -> _Place:
-        if id(parameter) in held:
-            return _Place(parameter, 0, parameter.numel())
-        mapping: Any = getattr(parameter, "_hp_mapping", None)
-        assert mapping is not None, "a trainable parameter that the engine does not optimize"
-        address = mapping.get_hp_fragment_address()
-        flat = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-        return _Place(flat, address.start, address.numel)
+    # ---- for restarts
 
-    def has_master(self, parameter: nn.Parameter) -> bool:
-        """Whether an fp32 copy exists beside the parameter that the forward pass uses."""
-        return self._places[parameter].owner is not parameter
+    def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
+        """The masters of down and up, gathered over the data axis, in the shapes that the layer computes with."""
+        pair = (layer.down, layer.up)
+        if all(self._is_live(parameter) for parameter in pair):
+            return layer.down.detach().float(), layer.up.detach().float()
+        shapes = [self._region(parameter).cut_shape for parameter in pair]
+        sizes = [shape[0] * shape[1] for shape in shapes]
+        flat = torch.zeros(sum(sizes), device=self._runtime.device)
+        for parameter, target in zip(pair, flat.split(sizes), strict=True):
+            place = self._places[parameter]
+            target[place.start : place.start + place.count] = place.of(place.owner.detach())
+        if self._spread:
+            sum_over(self._runtime.data, flat)
+        down, up = flat.split(sizes)
+        return down.view(shapes[0]), up.view(shapes[1])
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 values that the optimizer updates. Shapes: the parameter's."""
-        place = self._places[parameter]
-        return place.of(place.owner.detach(), parameter.shape)
-
-    @torch.no_grad()
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the master and the copy that the next forward pass uses."""
-        self.master(parameter).copy_(value)
-        if self.has_master(parameter):
-            parameter.data.copy_(value)
-
-    def moments(self, parameter: nn.Parameter) -> Moments | None:
-        """Live views of the parameter's Adam state, or None before the first update."""
-        place = self._places[parameter]
-        state = self._optimizer.state.get(place.owner)
-        if not state:
-            return None
-        return Moments(
-            exp_avg=place.of(state["exp_avg"], parameter.shape),
-            exp_avg_sq=place.of(state["exp_avg_sq"], parameter.shape),
-            step=state["step"],
+    def base(self, layer: LowRankLinear) -> BasePart:
+        """This process's part of a layer's base weight."""
+        data, tensor = self._runtime.data.size, self._runtime.tensor.size
+        copies = 1 if self._names[layer.weight] in self._cut else tensor
+        bits = layer.extra_bits
+        if not is_partitioned(layer.weight):
+            whole = layer.whole_base()
+            return BasePart(
+                weight=whole.weight,
+                extra_bits=whole.extra_bits,
+                replicas=data * copies,
+                layer_replicas=data * copies,
+            )
+        drop_whole([layer.weight])
+        start, _ = piece_range(layer.weight)
+        return BasePart(
+            weight=piece(layer.weight),
+            extra_bits=bits,
+            start=start,
+            replicas=copies,
+            layer_replicas=data * copies,
         )
 
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Shape in the plain model."""
+        return self._region(parameter).shape
+
     @torch.no_grad()
-    def write_moments(self, parameter: nn.Parameter, moments: Moments) -> None:
-        """Set the parameter's Adam state, making the optimizer's where there is none yet."""
-        owner = self._places[parameter].owner
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Set this process's parts of the master and of the copy that the next forward pass uses."""
+        cut = self._region(parameter).cut(whole)
+        place = self._places[parameter]
+        if self.has_master(parameter):
+            place.of(place.owner.detach()).copy_(cut.reshape(-1)[place.start : place.start + place.count])
+        self._write_live(parameter, cut.reshape(-1))
+
+    def moments(self, parameter: nn.Parameter) -> Moments | None:
+        """Live views of this process's part of the Adam state, flat; None before the first update."""
+        place = self._places[parameter]
+        state = state_of(self._optimizer, place.owner)
+        if state is None:
+            return None
+        exp_avg, exp_avg_sq = place.of(state["exp_avg"]), place.of(state["exp_avg_sq"])
+        return Moments(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=state["step"])
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """The first moment in the plain model's shape, gathered over the data and tensor axes."""
+        moments, place = self.moments(parameter), self._places[parameter]
+        assert moments is not None
+        region = self._region(parameter).flat(place.start, place.count)
+        return self._whole(region, moments.exp_avg, parameter, spread=self._spread)
+
+    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """The entries of a whole tensor that `moments` holds, flat."""
+        place = self._places[parameter]
+        return self._region(parameter).flat(place.start, place.count).take(whole)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over all processes of the head."""
+        return sum_over(self._runtime.model, sums.to(self._runtime.device)).cpu()
+
+    # ---- for measurements
+
+    @property
+    def trainable_entries(self) -> int:
+        """Parameters that train, in the plain model's shapes."""
+        return sum(math.prod(self._region(parameter).shape) for parameter in self._places)
+
+    @torch.no_grad()
+    def whole_weight(self, layer: LowRankLinear) -> Tensor:
+        """A layer's exact weight in fp32 with its delta, gathered, in the plain model's shape."""
+        down, up = self.factors(layer)
+        part = self.base(layer)
+        exact = part.weight.to(torch.float32, copy=True)
+        if part.extra_bits is not None:
+            exact = join(part.weight, part.extra_bits)
+        merged = BasePart(weight=exact, extra_bits=None, start=part.start)
+        layer.merge_(MergePrecision.nearest, down, up, part=merged)
+        region = self._regions[self._names[layer.weight]].flat(part.start, exact.numel())
+        return self._whole(region, exact, layer.weight, spread=is_partitioned(layer.weight))
+
+    # ---- for checkpoints
+
+    def has_master(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer updates other memory than the parameter's own."""
+        return self._places[parameter].owner is not parameter
+
+    def held(self) -> Held:
+        """Everything that a checkpoint of the model and the optimizer must keep, as far as it is here."""
+        model = {name: self._live(name, parameter) for name, parameter in self._model.named_parameters()}
+        for name, buffer in _buffers(self._model):
+            model[name] = (self._buffer_regions[name], buffer)
+        optimizer: dict[str, tuple[Region, Tensor]] = {}
+        for parameter, place in self._places.items():
+            name, region = self._names[parameter], self._optimizer_region(parameter)
+            parts: dict[str, Tensor] = {}
+            if parameter.dtype != torch.float32:
+                parts["master"] = place.of(place.owner.detach())
+            moments = self.moments(parameter)
+            if moments is not None:
+                parts |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+                optimizer[f"{name}/step"] = (whole_region(moments.step), moments.step)
+            for key, part in parts.items():
+                optimizer[f"{name}/{key}"] = (region, part if region.is_flat else part.view(region.cut_shape))
+        return {"model": model, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def load(self, read: Read) -> None:
+        """Take weights, masters and moments over, each where there is one."""
+        for name, parameter in self._model.named_parameters():
+            region, live = self._live(name, parameter)
+            value = read("model", name, region)
+            if value is not None:
+                drop_whole([parameter] if is_partitioned(parameter) else [])
+                live.copy_(value.view_as(live))
+        for name, buffer in _buffers(self._model):
+            value = read("model", name, self._buffer_regions[name])
+            if value is not None:
+                buffer.copy_(value.view_as(buffer))
+        for parameter in self._places:
+            self._load_optimizer(parameter, read)
+
+    def _load_optimizer(self, parameter: nn.Parameter, read: Read) -> None:
+        name, place, region = self._names[parameter], self._places[parameter], self._optimizer_region(parameter)
+        if self.has_master(parameter):
+            master = read("optimizer", f"{name}/master", region)
+            value = read("model", name, region) if master is None else master
+            if value is not None:
+                place.of(place.owner.detach()).copy_(value.reshape(-1))
+        step = read("optimizer", f"{name}/step", Region(()))
+        if step is None:
+            return
+        state = self._state(place.owner, step)
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = read("optimizer", f"{name}/{key}", region)
+            assert value is not None, f"a checkpoint with {name}'s step has its moments"
+            place.of(state[key]).copy_(value.reshape(-1))
+        state["step"].copy_(step)
+
+    def _state(self, owner: Tensor, step: Tensor) -> dict[str, Tensor]:
         if not self._optimizer.state.get(owner):
             self._optimizer.state[owner] = {
-                "step": torch.zeros_like(moments.step, device=owner.device),
+                "step": torch.zeros_like(step, device=owner.device),
                 "exp_avg": torch.zeros_like(owner, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(owner, memory_format=torch.preserve_format),
             }
-        live = self.moments(parameter)
-        assert live is not None
-        live.exp_avg.copy_(moments.exp_avg)
-        live.exp_avg_sq.copy_(moments.exp_avg_sq)
-        live.step.copy_(moments.step)
+        state: dict[str, Tensor] = self._optimizer.state[owner]
+        return state
+
+    # ---- regions
+
+    def _region(self, parameter: nn.Parameter) -> Region:
+        return self._regions[self._names[parameter]]
+
+    def _optimizer_region(self, parameter: nn.Parameter) -> Region:
+        region, place = self._region(parameter), self._places[parameter]
+        return region.flat(place.start, place.count) if self._spread else region
+
+    def _live(self, name: str, parameter: nn.Parameter) -> tuple[Region, Tensor]:
+        region = self._regions[name]
+        if not is_partitioned(parameter):
+            return region, parameter.detach()
+        return region.flat(*piece_range(parameter)), piece(parameter)
+
+    def _is_live(self, parameter: nn.Parameter) -> bool:
+        return parameter.dtype == torch.float32 and not is_partitioned(parameter)
+
+    def _write_live(self, parameter: nn.Parameter, flat: Tensor) -> None:
+        if is_partitioned(parameter):
+            drop_whole([parameter])
+            start, count = piece_range(parameter)
+            piece(parameter).copy_(flat[start : start + count])
+        else:
+            parameter.data.copy_(flat.view(parameter.shape))
+
+    def _whole(self, region: Region, part: Tensor, parameter: nn.Parameter, *, spread: bool) -> Tensor:
+        """A whole tensor from the parts of all processes of the head, each of which counts once."""
+        axes = self._runtime
+        whole = torch.zeros(region.shape, device=axes.device)
+        cut = self._names[parameter] in self._cut
+        if (spread or axes.data.index == 0) and (cut or axes.tensor.index == 0):
+            region.put(whole, part.to(axes.device))
+        return sum_over(axes.model, whole)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are state, extra bits among them; those that a model can compute are not."""
+    persistent = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]

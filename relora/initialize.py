@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 
+def key_of(seed: int, *parts: str | int) -> int:
+    """Return 64 bits that are a pure function of the seed and the parts."""
+    words = "\x1f".join([str(seed), *map(str, parts)]).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+
+
 def keyed_generator(seed: int, *parts: str | int) -> torch.Generator:
     """Return a CPU generator whose stream is a pure function of the seed and the parts."""
-    key = "\x1f".join([str(seed), *map(str, parts)]).encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(key_of(seed, *parts))
 
 
 def draw_down(module_name: str, shape: tuple[int, int], *, seed: int, head: int = 0, restart_index: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transforme
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,28 @@ from relora.precision import MergePrecision, add_, join, split
 _BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of rows of about this size, so its temporaries stay small
 
 
+@dataclass(kw_only=True, slots=True, frozen=True)
+class BasePart:
+    """A flat range of a layer's base weight, in memory order: all of it, or what one process holds."""
+
+    weight: Tensor
+    """Shapes: (count,)"""
+    extra_bits: Tensor | None
+    """The same range of the extra bits, where there are any."""
+    start: int = 0
+    """Where the range begins in the flattened weight."""
+    replicas: int = 1
+    """Processes that hold this very part."""
+    layer_replicas: int = 1
+    """Processes that hold these very factors."""
+
+
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus a trainable product of two factors."""
 
+    weight: nn.Parameter
+    down: nn.Parameter
+    up: nn.Parameter
     extra_bits: Tensor | None
 
     def __init__(
@@ -41,7 +61,8 @@ class LowRankLinear(nn.Module):
         self.adapter_rank = adapter_rank
         self.scaling = scaling
         self.dropout_probability = dropout
-        self.weight = weight.requires_grad_(False)
+        weight.requires_grad_(False)
+        self.weight = weight
         self.bias = bias
         # One zero factor keeps the function unchanged; two would leave both gradients zero for ever.
         down = draw_down("", (adapter_rank, self.in_features), seed=0)
@@ -69,13 +90,20 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output by the factored path: the product `up @ down` is never formed."""
-        weight = self.weight.t() if self.transposed else self.weight
-        hidden = x
+        update = self.update(x, self.down, self.up)
+        return F.linear(x, self.matrix, self.bias) + update
+
+    @property
+    def matrix(self) -> Tensor:
+        """Return a view of the base weight. Shapes: (out, in)."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return what the factors add to the output."""
         if self.training and self.dropout_probability:
-            hidden = F.dropout(x, self.dropout_probability)
+            x = F.dropout(x, self.dropout_probability)
         # Scaling between the factors touches adapter_rank values a token instead of out_features.
-        update = F.linear(F.linear(hidden, self.down) * self.scaling, self.up)
-        return F.linear(x, weight, self.bias) + update
+        return F.linear(F.linear(x, down) * self.scaling, up)
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -122,20 +150,30 @@ class LowRankLinear(nn.Module):
         precision: MergePrecision,
         down: Tensor | None = None,
         up: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        key: int | None = None,
+        part: BasePart | None = None,
     ) -> int:
         """Add the delta to the base weight and leave the factors alone; return how many entries changed.
 
-        Given factors (float32 masters) take the place of the live ones; `stochastic` needs the generator.
+        Given factors (float32 masters) take the place of the live ones; `stochastic` needs the key of its chances.
+        Of a base weight that lies elsewhere in parts, only the given part is touched, and only its delta is formed.
         """
-        down, up = self._factors(down, up)
+        part = self.whole_base() if part is None else part
+        device = part.weight.device
+        down, up = (factor.to(device) for factor in self._factors(down, up))
         left, right = (down.t(), up.t()) if self.transposed else (up, down)
-        changed = torch.zeros((), dtype=torch.int64, device=self.weight.device)
-        for rows in _row_blocks(self.weight):
-            bits = None if self.extra_bits is None else self.extra_bits[rows]
-            delta = _product(left[rows], right, self.scaling)
-            changed += add_(self.weight.data[rows], bits, delta, precision, generator)
+        width = right.shape[1]
+        changed = torch.zeros((), dtype=torch.int64, device=device)
+        for rows, inside, skipped in _row_blocks(part.start, part.weight.numel(), width):
+            delta = _product(left[rows], right, self.scaling).view(-1)[skipped:][: inside.stop - inside.start]
+            bits = None if part.extra_bits is None else part.extra_bits[inside]
+            changed += add_(part.weight[inside], bits, delta, precision, key, part.start + inside.start)
         return int(changed)
+
+    def whole_base(self) -> BasePart:
+        """Return the base weight as its own only part."""
+        bits = self.extra_bits
+        return BasePart(weight=self.weight.data.view(-1), extra_bits=None if bits is None else bits.view(-1))
 
     def _factors(self, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the given factors or the live ones, on the weight's device."""
@@ -149,7 +187,16 @@ def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return (left.double() @ right.double()).mul_(scaling).float()
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    height = max(1, _BLOCK_ENTRIES // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], height):
-        yield slice(start, start + height)
+def _row_blocks(start: int, count: int, width: int) -> Iterator[tuple[slice, slice, int]]:
+    """Cut a flat range of a matrix into blocks of rows.
+
+    Yields the rows, their slice of the range, and how many entries of the first row lie before the range.
+    """
+    if not count:
+        return
+    height = max(1, _BLOCK_ENTRIES // max(1, width))
+    first, last = start // width, -(-(start + count) // width)
+    for row in range(first, last, height):
+        end = min(row + height, last)
+        begin, stop = max(start, row * width), min(start + count, end * width)
+        yield slice(row, end), slice(begin - start, stop - start), begin - row * width

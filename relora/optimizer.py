@@ -89,24 +89,22 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 @torch.no_grad()
-def reset_moments(moments: Moments, reset: Reset, prune_ratio: float | None, generator: torch.Generator) -> int:
-    """Reset one parameter's moments in place; return how many entries were removed.
+def clear_moments(moments: Moments) -> None:
+    """Forget everything, the step counter too, in place."""
+    moments.exp_avg.zero_()
+    moments.exp_avg_sq.zero_()
+    moments.step.zero_()
 
-    Only `zero` clears the step counter: what outlives a pruning is still an average over all those steps.
+
+@torch.no_grad()
+def prune_moments(moments: Moments, keep: Tensor) -> None:
+    """Remove the entries outside a mask, in place.
+
+    The step counter stays: what outlives a pruning is still an average over all those steps.
     """
-    if reset == Reset.none:
-        return 0
-    if reset == Reset.zero:
-        moments.exp_avg.zero_()
-        moments.exp_avg_sq.zero_()
-        moments.step.zero_()
-        return moments.exp_avg.numel()
-    assert prune_ratio is not None, "ReloraConfig asks for it"
-    keep = kept(moments.exp_avg, reset, prune_ratio, generator)
     # One mask for both: an entry with exp_avg left and exp_avg_sq gone would jump by lr * exp_avg / eps.
     moments.exp_avg.masked_fill_(~keep, 0.0)
     moments.exp_avg_sq.masked_fill_(~keep, 0.0)
-    return keep.numel() - int(torch.count_nonzero(keep))
 
 
 def kept(exp_avg: Tensor, reset: Reset, prune_ratio: float, generator: torch.Generator) -> Tensor:

@@ -40,11 +40,35 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to one of its two bfloat16 neighbours, the nearer one more often: right on average."""
-    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, generator=generator)
-    bits = value.contiguous().view(torch.int32) + noise.to(value.device)
+def stochastic_round(value: Tensor, key: int, start: int = 0) -> Tensor:
+    """Round float32 to one of its two bfloat16 neighbours, the nearer one more often: right on average.
+
+    The chance of an entry depends on `key` and on its place, counted from `start` in memory order, alone: a part
+    of a tensor rounds as it does within the whole.
+    """
+    bits = value.contiguous().view(torch.int32) + _noise(key, start, value.numel(), value.device).view(value.shape)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Return 16 random bits for each place, by a counter-based generator.
+
+    Source: the output function of SplitMix64, Steele, Lea and Flood 2014.
+    """
+    state = torch.arange(start, start + count, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ _shifted(state, shift)) * _signed(factor)
+    return _shifted(state ^ _shifted(state, 31), 48).to(torch.int32)
+
+
+def _shifted(value: Tensor, places: int) -> Tensor:
+    """Shift int64 to the right without its sign."""
+    return (value >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(value: int) -> int:
+    """Return the int64 that has these 64 bits."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def add_(
@@ -52,9 +76,13 @@ def add_(
     extra_bits: Tensor | None,
     delta: Tensor,
     precision: MergePrecision,
-    generator: torch.Generator | None = None,
+    key: int | None = None,
+    start: int = 0,
 ) -> Tensor:
-    """Add a float32 update to the weight in place; return how many entries changed (0-d, on its device)."""
+    """Add a float32 update to the weight in place; return how many entries changed (0-d, on its device).
+
+    `stochastic` needs a key, and the place of the first entry where the weight is a part of a larger one.
+    """
     if weight.dtype != torch.bfloat16:
         before, after = weight, weight + delta.to(weight.dtype)
         changed = torch.count_nonzero(before != after)
@@ -68,14 +96,14 @@ def add_(
         high, low = split(after)
         extra_bits.copy_(low)
     else:
-        high = _rounded(weight.float() + delta, precision, generator)
+        high = _rounded(weight.float() + delta, precision, key, start)
         changed = torch.count_nonzero(weight != high)
     weight.copy_(high)
     return changed
 
 
-def _rounded(value: Tensor, precision: MergePrecision, generator: torch.Generator | None) -> Tensor:
+def _rounded(value: Tensor, precision: MergePrecision, key: int | None, start: int) -> Tensor:
     if precision == MergePrecision.nearest:
         return value.to(torch.bfloat16)
-    assert generator is not None, "stochastic rounding draws from an explicit generator"
-    return stochastic_round(value, generator)
+    assert key is not None, "stochastic rounding needs a key"
+    return stochastic_round(value, key, start)

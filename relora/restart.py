@@ -1,12 +1,13 @@
 """The restart: fold the factors into the base weight, draw new ones, forget their Adam state.
 
-It knows no processes: a ParameterStore reaches a parameter's float32 master and its Adam state wherever they
-live, and PlainStore does so for a torch optimizer. The learning rate's part is in relora/schedule.py.
+It knows no processes: a ParameterStore reaches base weights, float32 masters and Adam state wherever they live,
+and PlainStore does so for a torch optimizer. The learning rate's part is in relora/schedule.py.
 Source: ReLoRA, Lialin et al. 2023 (arXiv 2307.05695); docs/relora.md says what differs from its code and why.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
-from relora.initialize import draw_down, keyed_generator
-from relora.linear import LowRankLinear
-from relora.optimizer import Moments, Reset, reset_moments
+from relora.initialize import draw_down, key_of, keyed_generator
+from relora.linear import BasePart, LowRankLinear
+from relora.optimizer import Moments, Reset, clear_moments, kept, prune_moments
 from relora.precision import MergePrecision
 
 _PRUNING = (Reset.magnitude, Reset.random)
@@ -84,16 +85,34 @@ class RestartReport:
 
 
 class ParameterStore(Protocol):
-    """Access to one parameter's float32 master and Adam state, wherever they live."""
+    """Access to what a restart reads and writes, wherever it lives: whole, or cut among processes.
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """Return the parameter's whole float32 value."""
+    A "whole" value has the shape that it has in the plain model in one process.
+    """
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set the master and the live copy."""
+    def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
+        """Return the float32 values of down and up, in the shapes that the layer computes with."""
+
+    def base(self, layer: LowRankLinear) -> BasePart:
+        """Return the part of the layer's base weight that this process holds: live memory, edited in place."""
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Return the parameter's whole shape."""
+
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Set the master and the live copy from the whole value."""
 
     def moments(self, parameter: nn.Parameter) -> Moments | None:
-        """Return live views of the Adam state, or None before the first step."""
+        """Return live views of this process's part of the Adam state, or None before the first step."""
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole first moment."""
+
+    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return the entries of a whole tensor that `moments` holds, in its shape."""
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Add up sums over all processes that share the model."""
 
 
 class PlainStore:
@@ -102,13 +121,21 @@ class PlainStore:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        """Return the parameter's float32 value; in float32 it is the parameter's own memory."""
-        return parameter.detach().float()
+    def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
+        """Return the parameters' values; in float32 they are the parameters' own memory."""
+        return layer.down.detach().float(), layer.up.detach().float()
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def base(self, layer: LowRankLinear) -> BasePart:
+        """Return all of it."""
+        return layer.whole_base()
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Return the parameter's shape."""
+        return tuple(parameter.shape)
+
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Overwrite the parameter."""
-        parameter.data.copy_(value)
+        parameter.data.copy_(whole)
 
     def moments(self, parameter: nn.Parameter) -> Moments | None:
         """Return the optimizer's own tensors, or None before the first step."""
@@ -116,6 +143,19 @@ class PlainStore:
         if not state:
             return None
         return Moments(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], step=state["step"])
+
+    def first_moment(self, parameter: nn.Parameter) -> Tensor:
+        """Return the optimizer's own tensor."""
+        exp_avg: Tensor = self._optimizer.state[parameter]["exp_avg"]
+        return exp_avg
+
+    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """Return all of it."""
+        return whole
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the sums, which are this process's."""
+        return sums
 
 
 def restart_due(config: ReloraConfig, step: int, total_steps: int) -> bool:
@@ -148,21 +188,21 @@ def restart(
     """
     assert restart_index >= 1, "draw 0 is the conversion's"
     began = time.perf_counter()
-    delta_squared = base_squared = 0.0
-    changed = entries = removed = state_entries = 0
+    sums = torch.zeros(4, dtype=torch.float64)  # delta squared, base squared, entries changed, entries
+    removed = state_entries = 0
     layers = low_rank_modules(model)
     for name, layer in layers.items():
-        down, up = store.master(layer.down), store.master(layer.up)
-        delta_squared += layer.delta_norm(down, up) ** 2
-        base_squared += float(torch.linalg.vector_norm(layer.weight, dtype=torch.float64)) ** 2
-        rounding = keyed_generator(seed, "round", name, head, restart_index)
-        changed += layer.merge_(config.merge_precision, down, up, rounding)
-        entries += layer.weight.numel()
-        fresh = draw_down(
-            name, (layer.adapter_rank, layer.in_features), seed=seed, head=head, restart_index=restart_index
-        )
-        store.write(layer.down, fresh.to(down.device))
-        store.write(layer.up, torch.zeros_like(up))
+        down, up = store.factors(layer)
+        base = store.base(layer)
+        delta_squared = layer.delta_norm(down, up) ** 2 / base.layer_replicas
+        base_squared = float(torch.linalg.vector_norm(base.weight, dtype=torch.float64)) ** 2
+        changed = layer.merge_(config.merge_precision, down, up, key_of(seed, "round", name, head, restart_index), base)
+        sums[0] += delta_squared
+        sums[1:] += torch.tensor([base_squared, changed, base.weight.numel()], dtype=torch.float64) / base.replicas
+        rank, inputs = store.shape(layer.down)
+        fresh = draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=restart_index)
+        store.write(layer.down, fresh)
+        store.write(layer.up, torch.zeros(()).expand(store.shape(layer.up)))
         pruned, of = _reset_layer(name, layer, config, store, seed=seed, head=head, restart_index=restart_index)
         removed, state_entries = removed + pruned, state_entries + of
     if config.reset in _PRUNING and state_entries and not removed:
@@ -170,11 +210,12 @@ def restart(
             f"relora.prune_ratio={config.prune_ratio} removed none of the {state_entries} entries of Adam's "
             "state: raise it, or say so with relora.reset=none"
         )
+    delta_squared, base_squared, changes, entries = store.total(sums).tolist()
     return RestartReport(
         restart=restart_index,
         layers=len(layers),
         update_ratio=(delta_squared / base_squared) ** 0.5 if base_squared else 0.0,
-        changed_share=changed / max(1, entries),
+        changed_share=changes / max(1, entries),
         pruned_count=removed,
         pruned_share=removed / max(1, state_entries),
         seconds=time.perf_counter() - began,
@@ -191,12 +232,21 @@ def _reset_layer(
     head: int,
     restart_index: int,
 ) -> tuple[int, int]:
-    """Reset both factors' moments; return the entries removed and the entries there were."""
+    """Reset both factors' moments; return the entries removed and the entries there were, of the whole."""
     removed = entries = 0
     for factor, parameter in (("down", layer.down), ("up", layer.up)):
         moments = store.moments(parameter)
-        if moments is not None:
+        if moments is None:
+            continue
+        size = math.prod(store.shape(parameter))
+        entries += size
+        if config.reset == Reset.zero:
+            clear_moments(moments)
+            removed += size
+        elif config.reset in _PRUNING:
+            assert config.prune_ratio is not None, "ReloraConfig asks for it"
             generator = keyed_generator(seed, "prune", name, factor, head, restart_index)
-            removed += reset_moments(moments, config.reset, config.prune_ratio, generator)
-            entries += moments.exp_avg.numel()
+            keep = kept(store.first_moment(parameter), config.reset, config.prune_ratio, generator)
+            prune_moments(moments, store.part(parameter, keep))
+            removed += size - int(torch.count_nonzero(keep))
     return removed, entries

@@ -5,6 +5,9 @@ import os
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from parallel.runtime import Runtime, start
@@ -15,6 +18,37 @@ def runtime() -> Runtime:
     """The process group of one process, which every run in this process joins."""
     with start() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def _pools():
+    spec = importlib.util.spec_from_file_location("processes", Path(__file__).with_name("processes.py"))
+    processes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(processes)
+    open_pools = {}
+    yield processes.Pool, open_pools
+    for pool in open_pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def on_processes(_pools):
+    """Call function(runtime, *arguments) on `count` real processes; returns their results in order of ranks.
+
+    The function must be at the top level of its test module; arguments and results must be picklable.
+    """
+    make, pools = _pools
+
+    def call(function, count, *arguments, seconds=120.0):
+        if count not in pools:
+            pools[count] = make(count)
+        try:
+            return pools[count].call(function, arguments, seconds)
+        except BaseException:
+            pools.pop(count).close()  # its processes may wait for each other for ever
+            raise
+
+    return call
 
 
 TEXT = "\n\n".join(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import weakref
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,13 +11,21 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launch import exits, export, snapshot, train
 from launch.config import to_typed
-from parallel.checkpoint import read_checkpoint
+from launch.description import describe, description_of
+from launch.forms import write_folder
+from launch.model import ModelConfig, build_model, model_config, name_special_tokens, save_model
+from launch.snapshot import Snapshot
+from parallel.checkpoint import Checkpoint, CheckpointConfig, read_checkpoint
+from parallel.regions import Region, even_range, whole
+from parallel.runtime import start
+from parallel.saving import Saver
 from relora.adapter import load_adapter_
 from relora.convert import to_low_rank
+from relora.errors import ConfigError
 
 GPT2 = "model.config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 64, resid_pdrop: 0.0,\
  embd_pdrop: 0.0, attn_pdrop: 0.0}"
@@ -90,7 +100,7 @@ def loaded(folder):
 def live(run_dir, step):
     """The model that was being trained at a checkpoint, factors and all."""
     checkpoint = read_checkpoint(run_dir / f"checkpoints/step_{step:08d}")
-    tensors = checkpoint.tensors("model")
+    tensors = {name: checkpoint.whole("model", name) for name in checkpoint.names("model")}
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(run_dir / "start"))
     if any(name.endswith(".down") for name in tensors):
         to_low_rank(model, to_typed(OmegaConf.create(checkpoint.state["config"])).lora, seed=9)
@@ -115,6 +125,67 @@ def test_the_last_checkpoint_as_a_model_is_bitwise_the_final_one(run_of, write, 
     same(logits(loaded(out)), logits(loaded(final)))
 
 
+def _share_out(runtime, source, root):
+    """Write a checkpoint again as processes hold it that share a model by rows, and its optimizer's state flat, too."""
+    checkpoint = read_checkpoint(Path(source))
+    with start(tensor=2) as meshed:
+        held = {"model": {}, "optimizer": {}}
+        for kind, parts in held.items():
+            for name in checkpoint.names(kind):
+                tensor = checkpoint.whole(kind, name)
+                region = whole(tensor)
+                if tensor.ndim == 2 and not name.endswith("down"):
+                    region = Region(region.shape, 0, (even_range(len(tensor), 2, meshed.tensor.index),))
+                if kind == "optimizer" and tensor.ndim:
+                    first, last = even_range(region.numel, 2, meshed.data.index)
+                    region = region.flat(first, last - first)
+                parts[name] = region, region.take(tensor)
+        Saver(Path(root), meshed, CheckpointConfig()).save(20, held, checkpoint.state, best=None)
+
+
+@pytest.mark.parametrize(("name", "form"), [("bf16", "model"), ("gpt2", "svd"), ("relora", "adapter")])
+def test_how_processes_shared_a_checkpoint_makes_no_difference(run_of, write, on_processes, tmp_path, name, form):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_of(name), copy, ignore=shutil.ignore_patterns("checkpoints"))
+    on_processes(_share_out, 4, str(run_of(name) / "checkpoints/step_00000020"), str(copy / "checkpoints"))
+    assert len(list(copy.glob("checkpoints/*/model-*.safetensors"))) == 4
+    one, other = (write(folder, f"export.to={form}") for folder in (run_of(name), copy))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files
+    assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("name", ["relora", "bf16", "gpt2"])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_train_can_write_from_a_checkpoint_what_it_wrote_from_memory(run_of, tmp_path, name, pretrained):
+    final = run_of(name) / "final"
+    checkpoint = read_checkpoint(run_of(name) / "checkpoints/step_00000020")
+    config = to_typed(OmegaConf.create(checkpoint.state["config"]))
+    if pretrained:
+        source = tmp_path / "source"
+        AutoModelForCausalLM.from_pretrained(final).save_pretrained(source)
+        generation = GenerationConfig.from_pretrained(source)
+        generation.top_k = 7
+        generation.do_sample = True
+        generation.save_pretrained(source)
+        config.model = ModelConfig(name_or_path=str(source))
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    hf_config = model_config(config.model, vocab_size=len(tokenizer), sequence_length=config.data.sequence_length)
+    name_special_tokens(hf_config, tokenizer)
+    model = build_model(config.model, hf_config, seed=0)
+    save_model(model, tmp_path / "memory", tokenizer, dtype=config.torch_dtype)
+    (tmp_path / "written").mkdir()  # of an earlier attempt
+    snapshot = Snapshot(checkpoint, hf_config, config.lora)
+    write_folder(snapshot, describe(config.model, hf_config, tokenizer), tmp_path / "written", config.torch_dtype)
+    one, other = (tmp_path / folder for folder in ("memory", "written"))
+    assert {path.name: path.stat().st_mode for path in one.iterdir()} == {
+        path.name: path.stat().st_mode for path in other.iterdir()
+    }
+    for path in one.glob("*.json"):
+        assert json.loads(path.read_text()) == json.loads((other / path.name).read_text()), path.name
+    assert (other / "model.safetensors").read_bytes() == (final / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("step", [4, 8, 16])  # in the warm start, in the first cycle, in the third
 def test_an_earlier_checkpoint_as_a_model_computes_what_was_trained(run_of, write, step):
     out = write(run_of("relora"), f"export.checkpoint=step_{step:08d}")
@@ -136,7 +207,17 @@ def test_without_start_and_final_a_model_is_described_by_the_configuration(run_o
 
 def test_large_models_are_written_in_several_files(run_of, write, monkeypatch):
     monkeypatch.setattr(snapshot, "SHARD_BYTES", 40_000)
+    real, read, alive = Checkpoint.whole, [], []
+
+    def counted(*args):
+        read.append(weakref.ref(tensor := real(*args)))
+        alive.append(sum(value.nbytes for reference in read if (value := reference()) is not None))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "whole", counted)
     out = write(run_of("relora"))
+    assert max(alive) < 40_000 + 2 * 32_896  # a file's, and twice the largest tensor
+    assert sum(path.stat().st_size for path in out.glob("*.safetensors")) > 130_000
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
     assert all(path.stat().st_size < 50_000 for path in files)
@@ -246,7 +327,7 @@ def test_a_checkpoint_is_named_by_latest_best_its_name_or_its_path(run_of):
 def test_damaged_missing_and_foreign_checkpoints_are_named(run_of, refusal, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run_of("relora"), copy)
-    victim = copy / "checkpoints/step_00000020/model.safetensors"
+    victim = copy / "checkpoints/step_00000020/model-0.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
     assert f"damaged checkpoint: {victim}" in refusal(f"run.dir={copy}")
     assert "step_00000007 does not exist" in refusal(f"run.dir={copy}", "export.checkpoint=step_00000007")
@@ -274,6 +355,23 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(run_of, refusal, tmp_path
     message = refusal(f"run.dir={run_of('plain')}", f"export.out={tmp_path / 'out'}")
     assert "cannot be written" in message
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_full_disk_leaves_the_folder_that_was_there(run_of, tmp_path, monkeypatch):
+    checkpoint = read_checkpoint(run_of("full") / "checkpoints/step_00000020")
+    description = description_of(run_of("full"), to_typed(OmegaConf.create(checkpoint.state["config"])))
+    out = tmp_path / "final"
+    write_folder(Snapshot(checkpoint, description.hf_config, None), description, out, torch.float32)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "save_file", full)
+    with pytest.raises(ConfigError, match=r"final cannot be written: .*No space left on device"):
+        write_folder(Snapshot(checkpoint, description.hf_config, None), description, out, torch.float32)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -154,7 +154,7 @@ def test_a_finished_run_is_not_trained_again(tiny, capsys):
 
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_if_nothing_had_happened(tiny, undisturbed, capsys):
     assert run(tiny, "training.stop_after=12") == exits.PREEMPTED
-    victim = folder_of(tiny) / "checkpoints/step_00000012/model.safetensors"
+    victim = folder_of(tiny) / "checkpoints/step_00000012/model-0.safetensors"
     victim.write_bytes(victim.read_bytes()[:-10])
     assert run(tiny) == exits.DONE
     assert "damaged checkpoint" in (out := capsys.readouterr().out)
@@ -195,17 +195,17 @@ def test_a_second_process_cannot_train_in_the_same_folder(tiny, capsys):
 
 
 def test_a_full_disk_ends_with_one_message_and_the_run_continues_later(tiny, undisturbed, monkeypatch, capsys):
-    from parallel import checkpoint
+    from parallel import parts
 
-    real, calls = checkpoint.save_file, []
+    real, calls = parts.save_file, []
 
-    def full(*args):
+    def full(*args, **kwargs):
         calls.append(1)
-        if len(calls) > 6:  # the third checkpoint: three files each
+        if len(calls) > 9:  # the fourth checkpoint, the warm start's among them: three files each
             raise OSError(28, "No space left on device")
-        real(*args)
+        real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(parts, "save_file", full)
     assert run(tiny) == exits.REFUSED
     error = capsys.readouterr().err
     assert error.count("\n") == 1

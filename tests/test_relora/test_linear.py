@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import relora.linear
-from relora.initialize import keyed_generator
-from relora.linear import LowRankLinear
+from relora.initialize import key_of
+from relora.linear import BasePart, LowRankLinear
 from relora.precision import MergePrecision, join
 
 IN, OUT, RANK = 7, 5, 3
@@ -166,6 +166,31 @@ def test_merge_equals_a_loop_in_float64(
     assert torch.equal(layer.up, factors[1])
 
 
+@KINDS
+@pytest.mark.parametrize("block_entries", [7, 1 << 22])
+@pytest.mark.parametrize("precision", MergePrecision)
+def test_merging_in_parts_equals_merging_at_once(
+    kind: str, block_entries: int, precision: MergePrecision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    layer, key = _wrapped(kind), key_of(0, "merge")
+    if precision == MergePrecision.split:
+        layer.split_base_()
+    layer.to(torch.bfloat16)
+    whole = copy.deepcopy(layer)
+    changed = whole.merge_(precision, key=key)
+    flat = layer.whole_base()
+    cuts = [0, 1, IN + 2, IN * OUT // 2, IN * OUT, IN * OUT]
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        bits = None if flat.extra_bits is None else flat.extra_bits[start:stop].clone()
+        part = BasePart(weight=flat.weight[start:stop].clone(), extra_bits=bits, start=start)
+        changed -= layer.merge_(precision, key=key, part=part)
+        assert torch.equal(part.weight, whole.weight.view(-1)[start:stop])
+        if bits is not None:
+            assert torch.equal(bits, whole.extra_bits.view(-1)[start:stop])
+    assert changed == 0
+
+
 def test_merge_takes_the_live_factors_by_default() -> None:
     layer = _wrapped("linear")
     wanted = layer.base() + layer.delta()
@@ -178,7 +203,7 @@ def test_stochastic_merge_stays_within_one_place_and_repeats() -> None:
     for _ in range(2):
         layer = _wrapped("linear").to(torch.bfloat16)
         exact = layer.base() + layer.delta()
-        layer.merge_(MergePrecision.stochastic, generator=keyed_generator(0, "merge"))
+        layer.merge_(MergePrecision.stochastic, key=key_of(0, "merge"))
         assert ((layer.base() - exact).abs() <= exact.abs() * 2**-7).all()
         merged.append(layer.base())
     assert torch.equal(*merged)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from relora.convert import LoraConfig, to_low_rank
 from relora.errors import ConfigError
 from relora.initialize import keyed_generator
-from relora.optimizer import Moments, OptimizerConfig, Reset, kept, parameter_groups, reset_moments
+from relora.optimizer import (
+    Moments,
+    OptimizerConfig,
+    Reset,
+    clear_moments,
+    kept,
+    parameter_groups,
+    prune_moments,
+)
 
 Build = Callable[..., nn.Module]
 PRUNING = pytest.mark.parametrize("reset", [Reset.magnitude, Reset.random])
@@ -28,6 +36,12 @@ def _moments(shape: tuple[int, ...] = (16, 25), dtype: torch.dtype = torch.float
 
 def _generator() -> torch.Generator:
     return keyed_generator(0, "prune")
+
+
+def _prune(moments: Moments, reset: Reset, ratio: float) -> int:
+    keep = kept(moments.exp_avg, reset, ratio, _generator())
+    prune_moments(moments, keep)
+    return keep.numel() - int(torch.count_nonzero(keep))
 
 
 # ---- groups
@@ -80,18 +94,10 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 
 def test_zero_clears_both_moments_and_the_step() -> None:
     moments = _moments()
-    assert reset_moments(moments, Reset.zero, None, _generator()) == 400
+    clear_moments(moments)
     assert not moments.exp_avg.any()
     assert not moments.exp_avg_sq.any()
     assert moments.step == 0
-
-
-def test_none_keeps_everything() -> None:
-    moments, before = _moments(), _moments()
-    assert reset_moments(moments, Reset.none, None, _generator()) == 0
-    assert torch.equal(moments.exp_avg, before.exp_avg)
-    assert torch.equal(moments.exp_avg_sq, before.exp_avg_sq)
-    assert moments.step == 500
 
 
 @PRUNING
@@ -100,7 +106,7 @@ def test_none_keeps_everything() -> None:
 def test_pruning_removes_exactly_its_share(reset: Reset, dtype: torch.dtype, ratio: float, count: int) -> None:
     """The reference draws in the state's dtype, and in bfloat16 0.999 is 1 and 0.8 is 0.805."""
     moments = _moments(dtype=dtype)
-    assert reset_moments(moments, reset, ratio, _generator()) == count
+    assert _prune(moments, reset, ratio) == count
     assert torch.count_nonzero(moments.exp_avg == 0) == count
     assert torch.count_nonzero(moments.exp_avg_sq == 0) == count
     assert moments.step == 500
@@ -110,7 +116,7 @@ def test_pruning_removes_exactly_its_share(reset: Reset, dtype: torch.dtype, rat
 def test_pruning_uses_one_mask_for_both_moments(reset: Reset) -> None:
     """The reference prunes them independently: exp_avg without exp_avg_sq moves by lr * exp_avg / eps."""
     moments = _moments()
-    reset_moments(moments, reset, 0.9, _generator())
+    _prune(moments, reset, 0.9)
     assert torch.equal(moments.exp_avg == 0, moments.exp_avg_sq == 0)
 
 
@@ -127,7 +133,7 @@ def test_independent_masks_would_jump_and_ours_does_not() -> None:
         state["exp_avg_sq"].copy_(moments.exp_avg_sq)
         live = Moments(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], step=state["step"])
         if joint:
-            reset_moments(live, Reset.random, 0.9, _generator())
+            _prune(live, Reset.random, 0.9)
         else:
             live.exp_avg.mul_(kept(live.exp_avg, Reset.random, 0.9, keyed_generator(0, "m")))
             live.exp_avg_sq.mul_(kept(live.exp_avg_sq, Reset.random, 0.9, keyed_generator(0, "v")))
@@ -142,7 +148,7 @@ def test_independent_masks_would_jump_and_ours_does_not() -> None:
 
 def test_magnitude_keeps_the_largest_first_moments() -> None:
     moments, before = _moments(), _moments()
-    reset_moments(moments, Reset.magnitude, 0.9, _generator())
+    _prune(moments, Reset.magnitude, 0.9)
     survivors = before.exp_avg[moments.exp_avg != 0].abs()
     removed = before.exp_avg[moments.exp_avg == 0].abs()
     assert survivors.min() >= removed.max()
@@ -173,7 +179,7 @@ def test_a_step_counter_shared_by_a_group_may_be_reset_by_each_of_its_parameters
     step, first, second = torch.tensor(500.0), _moments(), _moments()
     first.step = second.step = step
     for moments in (first, second):
-        reset_moments(moments, Reset.zero, None, _generator())
+        clear_moments(moments)
     assert step == 0
 
 
@@ -181,7 +187,7 @@ def test_moments_may_be_views_into_a_flat_group() -> None:
     flat = [torch.ones(40), torch.ones(40)]
     view = [tensor.narrow(0, 10, 20).view(4, 5) for tensor in flat]
     moments = Moments(exp_avg=view[0], exp_avg_sq=view[1], step=torch.tensor(1.0))
-    reset_moments(moments, Reset.zero, None, _generator())
+    clear_moments(moments)
     assert [tensor.sum().item() for tensor in flat] == [20.0, 20.0]
 
 
@@ -202,7 +208,7 @@ def _first_moves(clear_step: bool, beta2: float) -> list[float]:
     state = optimizer.state[parameter]
     counter = state["step"] if clear_step else state["step"].clone()
     live = Moments(exp_avg=state["exp_avg"], exp_avg_sq=state["exp_avg_sq"], step=counter)
-    reset_moments(live, Reset.zero, None, _generator())
+    clear_moments(live)
     return [step().abs().max().item() / 1e-3 for _ in range(3)]
 
 

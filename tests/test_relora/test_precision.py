@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relora.initialize import keyed_generator
+from relora.initialize import key_of
 from relora.linear import LowRankLinear
-from relora.precision import MergePrecision, add_, join, split, stochastic_round
+from relora.precision import MergePrecision, _noise, add_, join, split, stochastic_round
 
 
 def _every_kind_of_float() -> Tensor:
@@ -48,8 +48,7 @@ def test_split_keeps_nan() -> None:
 
 def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
     value = torch.tensor([1 + 0.3 * 2**-7, -0.02 - 0.8 * 2**-13])
-    generator = keyed_generator(0, "test")
-    draws = torch.stack([stochastic_round(value, generator).float() for _ in range(4000)])
+    draws = torch.stack([stochastic_round(value, key_of(0, draw)).float() for draw in range(4000)])
     assert set(draws[:, 0].tolist()) == {1.0, 1 + 2**-7}
     assert len(set(draws[:, 1].tolist())) == 2
     gap = draws.max(0).values - draws.min(0).values
@@ -58,14 +57,28 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average() -> None
 
 def test_stochastic_rounding_leaves_what_bfloat16_can_hold() -> None:
     value = torch.tensor([0.0, 1.0, -1.5, 2**-100, float("inf")])
-    assert torch.equal(stochastic_round(value, keyed_generator(0)).float(), value)
+    assert torch.equal(stochastic_round(value, key_of(0)).float(), value)
 
 
-def test_stochastic_rounding_repeats_with_its_generator() -> None:
+def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another() -> None:
     value = torch.randn(100)
-    assert torch.equal(
-        stochastic_round(value, keyed_generator(1, "a")), stochastic_round(value, keyed_generator(1, "a"))
-    )
+    assert torch.equal(stochastic_round(value, key_of(1, "a")), stochastic_round(value, key_of(1, "a")))
+    assert not torch.equal(stochastic_round(value, key_of(1, "a")), stochastic_round(value, key_of(1, "b")))
+
+
+def test_a_part_rounds_as_it_does_within_the_whole() -> None:
+    value = torch.randn(1000)
+    whole = stochastic_round(value, key_of(2))
+    assert torch.equal(whole[300:450], stochastic_round(value[300:450], key_of(2), start=300))
+
+
+def test_the_chances_of_places_are_uniform_and_independent() -> None:
+    noise = _noise(key_of(3), 0, 1 << 16, torch.device("cpu")).double() / (1 << 16)
+    assert abs(float(noise.mean()) - 0.5) < 0.005
+    assert abs(float(noise.var()) - 1 / 12) < 0.002
+    assert abs(float(torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1])) < 0.02
+    other = _noise(key_of(4), 0, 1 << 16, torch.device("cpu")).double()
+    assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
 
 
 @pytest.mark.parametrize("precision", MergePrecision)
@@ -113,7 +126,7 @@ def _kept_share(precision: MergePrecision) -> tuple[float, float]:
     layer.to(torch.bfloat16)
     start = layer.base().double()
     for index, (down, up) in enumerate(factors):
-        layer.merge_(precision, down, up * shrink, keyed_generator(0, index))
+        layer.merge_(precision, down, up * shrink, key_of(0, index))
     wanted = (total * shrink).double()
     moved = layer.base().double() - start
     share = ((moved * wanted).sum() / wanted.norm() ** 2).item()

@@ -28,22 +28,19 @@ RESETS = {
 }
 
 
-class MasterStore:
+class MasterStore(PlainStore):
     """Float32 masters beside live parameters, as a mixed-precision engine keeps them."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._plain = PlainStore(optimizer)
+        super().__init__(optimizer)
         self.masters = {id(p): p.detach().float().clone() for p in model.parameters() if p.requires_grad}
 
-    def master(self, parameter: nn.Parameter) -> Tensor:
-        return self.masters[id(parameter)]
+    def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
+        return self.masters[id(layer.down)], self.masters[id(layer.up)]
 
-    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self.masters[id(parameter)].copy_(value)
-        self._plain.write(parameter, value)
-
-    def moments(self, parameter: nn.Parameter) -> Moments | None:
-        return self._plain.moments(parameter)
+    def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        self.masters[id(parameter)].copy_(whole)
+        super().write(parameter, whole)
 
 
 @dataclasses.dataclass
@@ -125,12 +122,13 @@ def test_masters_are_merged_and_rewritten(build: Build, train: Train) -> None:
     for master in store.masters.values():
         master.add_(1e-4)  # less than bfloat16 would show
     layer = next(iter(setup.layers.values()))
-    wanted = layer.base() + layer.scaling * store.master(layer.up) @ store.master(layer.down)
+    down, up = store.factors(layer)
+    wanted = layer.base() + layer.scaling * up @ down
     restart(setup.model, ReloraConfig(), store, seed=3, restart_index=1)
     assert torch.allclose(layer.base(), wanted, atol=1e-7)
     fresh = draw_down(next(iter(setup.layers)), tuple(layer.down.shape), seed=3, restart_index=1)
-    assert torch.equal(store.master(layer.down), fresh)
-    assert not store.master(layer.up).any()
+    assert torch.equal(store.factors(layer)[0], fresh)
+    assert not store.factors(layer)[1].any()
 
 
 def test_factors_get_gradients_within_two_steps_after_each_restart(build: Build, tokens: Tensor) -> None:

@@ -1,0 +1,179 @@
+"""What a phase of a run costs on a layout: memory of a process, FLOPs and bytes sent of a step and of a restart.
+
+Pure functions of a configuration and its skeletons; nothing is printed and nothing runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from launch.config import Dtype, TrainConfig
+from launch.microbatch import Microbatch
+from launch.skeleton import Skeletons
+from parallel.footprint import FP32, Footprint, Held, Role, footprint, piece, trainable_entries
+from parallel.pretence import sent_by_tensor_axis
+from parallel.traffic import factor_bytes, sent, step_traffic
+from parallel.zero import Offload, ParallelConfig, deepspeed_config
+from relora.convert import ConversionRow
+from relora.optimizer import Reset
+from relora.precision import MergePrecision
+
+_BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of about this size (relora/linear.py)
+_BLOCK_BYTES = {MergePrecision.split: 24, MergePrecision.nearest: 16, MergePrecision.stochastic: 40}  # per entry
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Layout:
+    """How processes share a phase."""
+
+    zero_stage: int
+    tensor: int
+    data: int
+
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.tensor * self.data
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Cost:
+    """One phase on one layout, for each process."""
+
+    layout: Layout
+    rows: list[ConversionRow]
+    """What of the whole model is low-rank, dense or frozen; empty at full rank."""
+    held: list[Held]
+    whole: list[Held]
+    """The same without tensor parallelism."""
+    sequences: int
+    """In a microbatch."""
+    microbatches: int
+    """In a step."""
+    footprint: Footprint
+    microbatch: Microbatch
+    in_merge: int
+    """Bytes on the device besides what stays, while a base weight takes up its delta; 0 without restarts."""
+    building: int
+    """Bytes of host memory while the model is built, whole and in fp32."""
+    step_flops: int
+    restart_flops: int
+    data_step: dict[str, int]
+    """Bytes handed to collectives of the data axis in a step: `summed`, `scattered`, `gathered`."""
+    data_restart: dict[str, int]
+    """The same in a restart."""
+    all_restart: dict[str, int]
+    """The same over both axes together."""
+    tensor_gradients: int
+    """Bytes of factor gradients that a microbatch sums over the tensor axis."""
+
+    @property
+    def in_microbatch(self) -> int:
+        """Bytes besides what stays, at the height of a microbatch."""
+        in_backward = self.microbatch.in_backward + self.footprint.in_backward
+        return self.footprint.in_forward + max(self.microbatch.at_loss, in_backward)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once on the device."""
+        return self.footprint.resident + max(self.in_microbatch, self.footprint.in_step, self.in_merge)
+
+    @property
+    def sent_in_step(self) -> dict[str, int]:
+        """Bytes that a process sends, by axis and what they are."""
+        data, tensor = self.layout.data, self.layout.tensor
+        gradients = {key: size for key, size in self.data_step.items() if key != "gathered"}
+        activations = self.microbatch.all_reduced - self.tensor_gradients
+        return {
+            "data axis: gradients": sent(gradients, data),
+            "data axis: weights": sent(self.data_step, data) - sent(gradients, data),
+            "tensor axis: activations": self.microbatches
+            * sent_by_tensor_axis(activations, self.microbatch.gathered, tensor),
+            "tensor axis: factor gradients": self.microbatches * sent_by_tensor_axis(self.tensor_gradients, 0, tensor),
+        }
+
+    @property
+    def sent_in_restart(self) -> dict[str, int]:
+        """The same in a restart."""
+        return {
+            "data axis: factors": sent(self.data_restart, self.layout.data),
+            "both axes: first moments": sent(self.all_restart, self.layout.processes),
+        }
+
+
+def cost(
+    config: TrainConfig,
+    skeletons: Skeletons,
+    layout: Layout,
+    *,
+    low_rank: bool,
+    sequences: int | None = None,
+    on_gpu: bool = True,
+) -> Cost:
+    """One phase on one layout.
+
+    Args:
+        sequences: in a microbatch, when not as the configuration says.
+
+    Raises:
+        ConfigError: the model or the global batch cannot be shared so.
+    """
+    sequences = sequences or config.training.microbatch(layout.data)
+    checkpointing = config.training.activation_checkpointing
+    skeleton, whole = (
+        skeletons.get(low_rank=low_rank, tensor=tensor, sequences=sequences, checkpointing=checkpointing)
+        for tensor in (layout.tensor, 1)
+    )
+    held, parallel = skeleton.held, parallel_of(config.parallel, layout)
+    microbatches = config.training.global_batch_size // layout.data // sequences
+    bf16 = config.training.dtype is Dtype.bf16
+    settings = deepspeed_config(
+        parallel,
+        bf16=bf16,
+        microbatch_size=sequences,
+        max_grad_norm=config.training.max_grad_norm,
+        trainable=trainable_entries(held),
+        on_gpu=on_gpu,
+    )
+    doubled = sum(one.entries for one in held if one.role is Role.factor and one.whole) if layout.tensor > 1 else 0
+    relora = config.relora if low_rank else None
+    pruning = relora is not None and relora.reset in (Reset.magnitude, Reset.random)
+    return Cost(
+        layout=layout,
+        rows=skeleton.rows,
+        held=held,
+        whole=whole.held,
+        sequences=sequences,
+        microbatches=microbatches,
+        footprint=footprint(
+            held, parallel, settings, data=layout.data, microbatches=microbatches, checkpointing=checkpointing
+        ),
+        microbatch=skeleton.microbatch,
+        in_merge=0 if relora is None else merge_bytes(held, relora.merge_precision, config.training.dtype),
+        building=sum(one.entries for one in whole.held) * FP32,
+        step_flops=microbatches * (skeleton.microbatch.forward_flops + skeleton.microbatch.backward_flops),
+        restart_flops=0 if relora is None else merge_flops(held, layout.data if layout.zero_stage == 3 else 1),
+        data_step=step_traffic(held, parallel, settings, data=layout.data, microbatches=microbatches),
+        data_restart={"summed": factor_bytes(held)} if relora is not None and layout.zero_stage > 0 else {},
+        all_restart={"summed": factor_bytes(whole.held)} if pruning else {},
+        tensor_gradients=doubled * (2 if bf16 else FP32),
+    )
+
+
+def parallel_of(parallel: ParallelConfig, layout: Layout) -> ParallelConfig:
+    """A configuration for another layout; what cannot be offloaded there stays on the device."""
+    allowed = {0: [Offload.none], 3: list(Offload)}.get(layout.zero_stage, [Offload.none, Offload.optimizer])
+    offload = parallel.offload if parallel.offload in allowed else allowed[-1]
+    return replace(parallel, zero_stage=layout.zero_stage, tensor=layout.tensor, offload=offload)
+
+
+def merge_flops(held: Sequence[Held], parts: int) -> int:
+    """Of the products `up @ down`, for one of `parts` equal parts of each base weight."""
+    return sum(2 * piece(one.entries, parts) * one.adapter_rank for one in held if one.role is Role.base)
+
+
+def merge_bytes(held: Sequence[Held], precision: MergePrecision, dtype: Dtype) -> int:
+    """Temporaries of the largest merge: those of a block of the base weight, and its factors in fp32 and fp64."""
+    largest = max(one.entries for one in held if one.role is Role.base)
+    factors = max(one.entries for one in held if one.role is Role.factor)
+    per_entry = _BLOCK_BYTES[precision if dtype is Dtype.bf16 else MergePrecision.nearest]
+    return min(largest, _BLOCK_ENTRIES) * per_entry + 2 * factors * (FP32 + 8)

@@ -1,0 +1,117 @@
+"""What one microbatch takes: bytes of activations, FLOPs, bytes sent between parts of the model.
+
+It is run and watched, on the meta device (launch/weightless.py) or any other, so that the figures hold for every
+architecture without a formula for it.
+"""
+
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from continual.batches import Batch
+from launch.flops import operation_flops
+from launch.objective import summed_loss
+from parallel.pretence import counted_collectives
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Microbatch:
+    """One forward and backward in one process."""
+
+    saved: int
+    """Bytes that the forward pass leaves for the backward pass, without the logits."""
+    at_loss: int
+    """Most bytes until the gradient of the logits is there, `saved` among them."""
+    in_backward: int
+    """Most bytes from then on: activations, and gradients on their way; those that stay are not in it."""
+    forward_flops: int
+    backward_flops: int
+    """Recomputation included."""
+    all_reduced: int = 0
+    """Bytes that are summed over the tensor axis."""
+    gathered: int = 0
+    """Bytes of this process that all of the tensor axis get."""
+
+    def deeper(self, other: "Microbatch", blocks: int) -> "Microbatch":
+        """With `blocks` further blocks, of which `other` has one."""
+        mine, theirs = asdict(self), asdict(other)
+        return Microbatch(**{key: value + blocks * (theirs[key] - value) for key, value in mine.items()})
+
+
+class Ledger(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of all tensors that operations have made and that are still alive."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        """`known` tensors do not count."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.flops = 0
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and take note of what it made."""
+        result = func(*args, **(kwargs or {}))
+        self.flops += operation_flops(func, args, kwargs or {}, result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _note(self, storage: Any) -> None:
+        if storage not in self._seen:
+            size = storage.nbytes()
+            self._seen[storage] = True
+            self.now += size
+            weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: bool = False) -> Microbatch:
+    """Run a model in training mode forward and backward; its gradients are dropped one by one.
+
+    Args:
+        packed: whether sequences are several documents each.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    removed = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in parameters]
+    ids = torch.zeros(sequences, length, dtype=torch.int64, device=parameters[0].device)
+    batch = Batch(input_ids=ids, labels=ids, position_ids=ids if packed else None)
+    marks: dict[str, int] = {}
+    with counted_collectives() as tally, Ledger([*model.parameters(), *model.buffers(), ids]) as ledger:
+
+        def turn(gradient: Tensor) -> None:
+            marks["at_loss"], ledger.peak = ledger.peak, ledger.now
+
+        def run(**named: Any) -> Any:
+            output = model(**named)
+            marks["saved"] = ledger.now - output.logits.untyped_storage().nbytes()
+            output.logits.register_hook(turn)
+            return output
+
+        loss = summed_loss(model, batch, ids.device, run)
+        forward_flops = ledger.flops
+        torch.autograd.backward(loss)
+    for hook in removed:
+        hook.remove()
+    return Microbatch(
+        saved=marks["saved"],
+        at_loss=marks["at_loss"],
+        in_backward=ledger.peak,
+        forward_flops=forward_flops,
+        backward_flops=ledger.flops - forward_flops,
+        all_reduced=tally.all_reduced,
+        gathered=tally.gathered,
+    )
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,102 @@
+"""The phases of a run: full-rank, or low-rank from the start, or a full-rank warm start and then low-rank.
+
+A phase is a model in the form that is trained, and an engine over it. Every process builds the whole model in its
+own memory, then keeps its part; the next phase takes its values from the checkpoint that ends the one before.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from launch.config import TrainConfig
+from launch.model import build_model
+from parallel.engine import Engine
+from parallel.runtime import Runtime
+from parallel.tensor import split_model
+from parallel.tensor_plan import tensor_plan, tensor_regions
+from relora.adapter import load_adapter_
+from relora.convert import Conversion, planned_layers, prepare_base_, to_low_rank
+from relora.optimizer import parameter_groups
+from relora.precision import MergePrecision
+
+
+@dataclass(kw_only=True, slots=True)
+class Phase:
+    """A model, still whole, in fp32 and on the CPU."""
+
+    model: nn.Module
+    conversion: Conversion | None
+    """What became low-rank; None at full rank."""
+    adapter: str | None = None
+    """What lora.init_from brought."""
+
+
+def low_rank_at(config: TrainConfig, step: int) -> bool:
+    """Whether the update after `step` updates is a low-rank one."""
+    return config.lora is not None and step >= config.warm_start_steps
+
+
+def make_phase(config: TrainConfig, hf_config: PretrainedConfig, *, step: int, fresh: bool, tensor: int) -> Phase:
+    """The whole model of the phase that an update after `step` updates belongs to, checked for all that follows.
+
+    Args:
+        fresh: whether pre-trained weights and lora.init_from are wanted; a checkpoint brings its own.
+        tensor: degree of tensor parallelism that the model must allow.
+
+    Raises:
+        ConfigError: a target or rank fits no layer, the adapter does not fit, or the model cannot be split so.
+    """
+    with _generators_kept(not fresh):
+        model = build_model(config.model, hf_config, seed=config.run.seed, weights=fresh)
+    if config.lora is not None:
+        planned_layers(model, config.lora)  # a target that fits nothing must not wait for the end of a warm start
+    conversion, adapter = None, None
+    if low_rank_at(config, step):
+        assert config.lora is not None
+        conversion = to_low_rank(model, config.lora, seed=config.run.seed)
+        if fresh and config.lora.init_from is not None:
+            adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
+    if tensor > 1:
+        tensor_regions(model, tensor_plan(model, config.parallel.tensor_plan), size=tensor, index=0)
+    return Phase(model=model, conversion=conversion, adapter=adapter)
+
+
+def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
+    """Keep this process's part of a phase's model, in the precision that is trained, and put an engine over it."""
+    model = phase.model
+    regions = split_model(model, runtime.tensor, config.parallel.tensor_plan)
+    precision = config.relora.merge_precision if config.relora else MergePrecision.nearest
+    prepare_base_(model, config.torch_dtype, precision)
+    if config.parallel.zero_stage < 3:  # which moves and partitions one parameter at a time
+        model.to(runtime.device)
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    if config.training.compile:
+        model.compile()
+    return Engine(
+        model,
+        parameter_groups(model, config.optimizer),
+        runtime=runtime,
+        parallel=config.parallel,
+        regions=regions,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+        microbatch_size=config.training.microbatch(runtime.data.size),
+        max_grad_norm=config.training.max_grad_norm,
+    )
+
+
+@contextmanager
+def _generators_kept(wanted: bool) -> Iterator[None]:
+    """Random weights that a checkpoint will replace must not disturb the draws of dropout."""
+    if not wanted:
+        yield
+        return
+    with torch.random.fork_rng():
+        yield

@@ -1,0 +1,206 @@
+"""A plan in tables, and as plain values. Memory is in GiB of one process, as GPUs are sold."""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+from launch.comparison import STAGES, Outlook, fitting
+from launch.config import TrainConfig
+from launch.console import Console
+from launch.estimate import Cost, Layout
+from launch.readings import amount
+from parallel.footprint import Kind, Role
+
+GIB = 1 << 30
+
+
+def show(console: Console, config: TrainConfig, phases: Sequence[Outlook], gpu_memory: float | None) -> None:
+    """Print a plan."""
+    layout, steps = phases[0].cost.layout, config.total_steps
+    console.info(
+        f"{_processes(layout)}, data {layout.data} x tensor {layout.tensor}, ZeRO stage {layout.zero_stage}, offload "
+        f"{config.parallel.offload.value}; {steps:,} steps of {config.training.global_batch_size} sequences of "
+        f"{config.data.sequence_length} tokens, {config.training.dtype.value}"
+    )
+    _show_parameters(console, phases)
+    _show_memory(console, config, phases)
+    _show_work(console, phases)
+    for phase in phases:
+        if phase.grid:
+            _show_grid(console, phase, gpu_memory)
+    if gpu_memory is not None:
+        console.info(_verdict(phases, gpu_memory))
+
+
+def figures(phases: Sequence[Outlook]) -> dict[str, Any]:
+    """A plan as plain values; memory and traffic in bytes."""
+    return {
+        phase.name: {
+            "runs": phase.runs,
+            **_cost_figures(phase.cost),
+            "recomputed_flops": phase.recomputed_flops,
+            "layouts": [
+                {**_layout_figures(layout), "peak": None if cost is None else cost.peak}
+                for layout, cost in phase.grid.items()
+            ],
+        }
+        for phase in phases
+    }
+
+
+def _cost_figures(cost: Cost) -> dict[str, Any]:
+    return {
+        **_layout_figures(cost.layout),
+        "parameters": _parameters(cost),
+        "sequences": cost.sequences,
+        "microbatches": cost.microbatches,
+        "device": {kind.value: size for kind, size in cost.footprint.device.items()},
+        "host": {kind.value: size for kind, size in cost.footprint.host.items()},
+        "activations": {
+            "saved": cost.microbatch.saved,
+            "at_loss": cost.microbatch.at_loss,
+            "in_backward": cost.microbatch.in_backward,
+        },
+        "in_microbatch": cost.in_microbatch,
+        "in_step": cost.footprint.in_step,
+        "in_merge": cost.in_merge,
+        "peak": cost.peak,
+        "building": cost.building,
+        "step_flops": cost.step_flops,
+        "forward_flops": cost.microbatch.forward_flops,
+        "backward_flops": cost.microbatch.backward_flops,
+        "restart_flops": cost.restart_flops,
+        "sent_in_step": cost.sent_in_step,
+        "sent_in_restart": cost.sent_in_restart,
+    }
+
+
+def _layout_figures(layout: Layout) -> dict[str, int]:
+    return {
+        "processes": layout.processes,
+        "data": layout.data,
+        "tensor": layout.tensor,
+        "zero_stage": layout.zero_stage,
+    }
+
+
+def _parameters(cost: Cost) -> dict[str, int]:
+    entries = {role: sum(one.entries for one in cost.whole if one.role is role) for role in Role}
+    return {
+        "model": sum(entries.values()) - entries[Role.factor],
+        "trainable": entries[Role.dense] + entries[Role.factor],
+        "frozen": entries[Role.base] + entries[Role.frozen],
+        "added": entries[Role.factor],
+    }
+
+
+def _show_parameters(console: Console, phases: Sequence[Outlook]) -> None:
+    cost = phases[0].cost
+    if cost.rows:
+        lines = [astuple(row) for row in cost.rows]
+        console.table("parameters", ("kind", "modules", "parameters", "trainable", "state"), lines)
+    count = _parameters(cost)
+    console.info(
+        f"{amount(count['model'])} parameters, of which {amount(count['frozen'])} are frozen; "
+        f"{amount(count['trainable'])} train, {amount(count['added'])} of them factors that are added"
+    )
+
+
+def _show_memory(console: Console, config: TrainConfig, phases: Sequence[Outlook]) -> None:
+    names = [phase.name + ("" if phase.runs else ", for comparison") for phase in phases]
+    costs = [phase.cost for phase in phases]
+    rows: list[tuple[str, list[int]]] = []
+    for kind in Kind:
+        rows.append((kind.value, [cost.footprint.device.get(kind, 0) for cost in costs]))
+    rows.append(("resident", [cost.footprint.resident for cost in costs]))
+    rows += [
+        ("+ activations for the backward pass", [cost.microbatch.saved for cost in costs]),
+        ("  + logits, loss and their gradients", [cost.microbatch.at_loss - cost.microbatch.saved for cost in costs]),
+        ("  or + a block's backward pass", [cost.microbatch.in_backward - cost.microbatch.saved for cost in costs]),
+        ("       and gradient buckets", [cost.footprint.in_backward for cost in costs]),
+        ("+ weights gathered for a while", [cost.footprint.in_forward for cost in costs]),
+        ("or + the optimizer step", [cost.footprint.in_step for cost in costs]),
+        ("or + a merge", [cost.in_merge for cost in costs]),
+        ("at most", [cost.peak for cost in costs]),
+    ]
+    for kind in Kind:
+        rows.append((f"host: {kind.value}", [cost.footprint.host.get(kind, 0) for cost in costs]))
+    rows.append(("host: while building the model", [cost.building for cost in costs]))
+    lines = [
+        (name, *(_gib(size).rjust(8) if size else "-".rjust(8) for size in sizes)) for name, sizes in rows if any(sizes)
+    ]
+    console.table("memory of a process, GiB", ("", *names), lines)
+    state = "without" if config.training.activation_checkpointing else "with"
+    for phase in phases:
+        other = phase.otherwise
+        console.info(
+            f"{phase.name}: {state} activation checkpointing {_gib(other.saved)} GiB of activations would be kept "
+            f"(here {_gib(phase.cost.microbatch.saved)}), for microbatches of {phase.cost.sequences} sequences"
+        )
+
+
+def _show_work(console: Console, phases: Sequence[Outlook]) -> None:
+    columns = [_work(phase) for phase in phases]
+    lines = [(name, *(column[name] or "-" for column in columns)) for name in columns[0]]
+    shown = [line for line in lines if any(value != "-" for value in line[1:])]
+    console.table("a step and a restart, of each process", ("", *(phase.name for phase in phases)), shown)
+
+
+def _work(phase: Outlook) -> dict[str, str]:
+    """What there is to do, by name; empty for nothing."""
+    cost, count = phase.cost, phase.cost.microbatches
+    flops = {
+        "forward": count * cost.microbatch.forward_flops,
+        "backward": count * (cost.microbatch.backward_flops - phase.recomputed_flops),
+        "recomputed": count * phase.recomputed_flops,
+    }
+    return {
+        "microbatches": f"{count} of {cost.sequences}",
+        **{f"FLOPs, {name}": amount(size) if size else "" for name, size in flops.items()},
+        **{f"sent, {name}": amount(size, "B") if size else "" for name, size in cost.sent_in_step.items()},
+        "restart: FLOPs": amount(cost.restart_flops) if cost.restart_flops else "",
+        **{f"restart: sent, {name}": amount(size, "B") if size else "" for name, size in cost.sent_in_restart.items()},
+    }
+
+
+def _show_grid(console: Console, phase: Outlook, gpu_memory: float | None) -> None:
+    rows = []
+    layouts = dict.fromkeys((layout.processes, layout.tensor, layout.data) for layout in phase.grid)
+    for processes, tensor, data in layouts:
+        costs = [phase.grid[Layout(zero_stage=stage, tensor=tensor, data=data)] for stage in STAGES]
+        rows.append((processes, tensor, data, *(_marked(cost, gpu_memory) for cost in costs)))
+    fits = "" if gpu_memory is None else f"; * fits into {gpu_memory:g} GiB"
+    console.table(
+        f"{phase.name}: GiB of a process at most, by ZeRO stage{fits}",
+        ("processes", "tensor", "data", *(f"stage {stage}" for stage in STAGES)),
+        rows,
+    )
+
+
+def _marked(cost: Cost | None, gpu_memory: float | None) -> str:
+    if cost is None:
+        return "-".rjust(8)
+    return _gib(cost.peak).rjust(8) + ("" if gpu_memory is None else " *" if cost.peak <= gpu_memory * GIB else "  ")
+
+
+def _verdict(phases: Sequence[Outlook], gpu_memory: float) -> str:
+    most = max((phase for phase in phases if phase.runs), key=lambda phase: phase.cost.peak)
+    need = f"{_gib(most.cost.peak)} GiB at most, in the {most.name} phase"
+    if most.cost.peak <= gpu_memory * GIB:
+        return f"fits into {gpu_memory:g} GiB: {need}"
+    others = fitting(phases, gpu_memory * GIB)
+    if not others:
+        return f"does not fit into {gpu_memory:g} GiB: {need}; none of the layouts above does"
+    return f"does not fit into {gpu_memory:g} GiB: {need}; {_words(others[0])} would"
+
+
+def _words(layout: Layout) -> str:
+    return f"{_processes(layout)} with parallel.zero_stage={layout.zero_stage} parallel.tensor={layout.tensor}"
+
+
+def _processes(layout: Layout) -> str:
+    return "1 process" if layout.processes == 1 else f"{layout.processes} processes"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"

@@ -1,0 +1,161 @@
+"""What a run writes for later: checkpoints, the model that low-rank training began from, the final model.
+
+Checkpoints are written by all processes together, Hugging Face folders by the main one: start/ from the model in
+memory before it is split, or like final/ from a checkpoint's files, so that no process needs the whole model.
+"""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from launch.config import resolved
+from launch.description import describe
+from launch.forms import write_folder
+from launch.model import in_place_of
+from launch.run import Run
+from launch.snapshot import Snapshot
+from parallel.checkpoint import Checkpoint, open_checkpoint, step_name
+from parallel.collectives import on_main
+from parallel.regions import Region, whole
+from parallel.runtime import Runtime
+from parallel.shards import Held, Read
+from relora.convert import low_rank_modules
+from relora.errors import ConfigError
+from relora.initialize import key_of
+from relora.precision import split
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write a checkpoint of the run as it is after its last step, or begin to, and drop old ones."""
+    state = run.state
+    state.note_best(step_name(state.step))
+    held: Held = {**run.engine.store.held(), "generators": _generators(run.runtime)}
+    plain = {
+        "run": state.to_dict(),
+        "config": resolved(run.config),
+        "data": run.data.fingerprint,
+        "data_processes": run.runtime.data.size,
+    }
+    run.saver.save(state.step, held, plain, best=state.best_checkpoint)
+    note_published(run)
+
+
+def note_published(run: Run) -> None:
+    """Record the checkpoints that have been published since the last call."""
+    for name in run.saver.published():
+        run.watch.event("checkpoint", int(name.removeprefix("step_")), path=name)
+
+
+def last_checkpoint(run: Run) -> Checkpoint:
+    """The one that was written after the last step, when it is all on disk."""
+    run.saver.wait()
+    note_published(run)
+    return open_checkpoint(run.folder.checkpoints / step_name(run.state.step))
+
+
+def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
+    """Put a checkpoint's tensors and generators into a freshly built phase.
+
+    A low-rank phase takes a full-rank checkpoint, too: its weights become base weights, the factors stay as drawn.
+    Returns whether it was so.
+
+    Raises:
+        ConfigError: its tensors are not this model's.
+    """
+    store, stored = run.engine.store, checkpoint.names("model")
+    begins = run.conversion is not None and not any(name.endswith(".down") for name in stored)
+    wanted = set(store.held()["model"])
+    if begins:
+        wanted = {name for name in wanted if not name.endswith((".down", ".up", ".extra_bits"))}
+    for name in sorted(wanted ^ set(stored)):
+        side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
+        raise ConfigError(f"{checkpoint.folder} is of another model: {side} {name}")
+    read = _reader(checkpoint)
+    store.load(_first_cycle(read, run.model) if begins else read)
+    _set_generators(checkpoint, run)
+    return begins
+
+
+def save_folder(run: Run, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Write a Hugging Face folder into the run folder, from a checkpoint's files, on the main process."""
+    description = describe(run.config.model, run.hf_config, run.data.tokenizer)
+
+    def write() -> None:
+        snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora)
+        write_folder(snapshot, description, run.folder.path / name, dtype)
+
+    on_main(run.runtime, write)
+
+
+def adopt_start(run: Run, checkpoint: Checkpoint) -> None:
+    """Take over start/ from the run that a checkpoint came from, when this run branches off it."""
+    source, target = checkpoint.folder.parent.parent / "start", run.folder.path / "start"
+
+    def adopt() -> None:
+        if source.is_dir() and not target.exists():
+            with in_place_of(target) as partial:
+                shutil.copytree(source, partial, dirs_exist_ok=True)
+
+    on_main(run.runtime, adopt)
+
+
+def _reader(checkpoint: Checkpoint) -> Read:
+    names = {kind: set(checkpoint.names(kind)) for kind in ("model", "optimizer")}
+
+    def read(kind: str, name: str, region: Region) -> Tensor | None:
+        return checkpoint.part(kind, name, region) if name in names[kind] else None
+
+    return read
+
+
+def _first_cycle(read: Read, model: nn.Module) -> Read:
+    """A full-rank checkpoint as the low-rank phase wants it: base weights exact, split where there are extra bits."""
+    layers = low_rank_modules(model)
+
+    def exact(name: str, region: Region) -> Tensor | None:
+        master = read("optimizer", f"{name}/master", region)
+        return read("model", name, region) if master is None else master
+
+    def converted(kind: str, name: str, region: Region) -> Tensor | None:
+        owner, _, leaf = name.rpartition(".")
+        layer = layers.get(owner)
+        if kind != "model" or layer is None or leaf not in ("weight", "extra_bits"):
+            return read(kind, name, region)
+        value = exact(f"{owner}.weight", region)
+        if value is None or layer.extra_bits is None:
+            return value
+        return split(value.float())[leaf == "extra_bits"]
+
+    return converted
+
+
+def _generators(runtime: Runtime) -> dict[str, tuple[Region, Tensor]]:
+    """States by the process's place on the data axis; the tensor axis draws alike."""
+    states = {"cpu": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(runtime.device)
+    return {f"{runtime.data.index}/{name}": (whole(state), state) for name, state in states.items()}
+
+
+def _set_generators(checkpoint: Checkpoint, run: Run) -> None:
+    """Go on with the draws of dropout; on another number of data processes, with new ones."""
+    runtime = run.runtime
+    if checkpoint.state["data_processes"] != runtime.data.size:
+        seed_dropout(run.config.run.seed, runtime, step=run.state.step)
+        return
+    setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
+    if runtime.device.type == "cuda":
+        setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, runtime.device)
+    stored = set(checkpoint.names("generators"))
+    for name, set_state in setters.items():
+        key = f"{runtime.data.index}/{name}"
+        if key in stored:
+            set_state(checkpoint.whole("generators", key).clone())
+
+
+def seed_dropout(seed: int, runtime: Runtime, *, step: int = 0) -> None:
+    """Start the draws of dropout: the same on the tensor axis, others on each place of the data axis."""
+    first = step == 0 and runtime.data.index == 0
+    torch.manual_seed(seed if first else key_of(seed, "dropout", step, runtime.data.index) >> 1)

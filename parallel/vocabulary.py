@@ -1,0 +1,71 @@
+"""Embedding, output layer and loss, cut along the vocabulary: the logits of all tokens never come together.
+
+The loss needs two numbers per position and process: the log-sum-exp of the logits here, and the target's logit where
+it is here. They travel in one collective; the backward pass needs none.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from parallel.runtime import Axis
+from parallel.tensor_layers import Split, summed
+from relora.targets import output_embedding
+
+IGNORED = -100
+"""The label of positions without a target."""
+
+
+class VocabularyEmbedding(Split):
+    """Mixed into an embedding that holds some of the tokens; the others' vectors come from the other processes."""
+
+    num_embeddings: int
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Shapes: (...) -> (..., dimension)."""
+        local = ids - self.first
+        elsewhere = (local < 0) | (local >= self.num_embeddings)
+        found: Tensor = super().forward(local.masked_fill(elsewhere, 0))
+        return summed(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+
+
+class _SummedCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, axis: Axis) -> Tensor:
+        local = labels - first
+        here = (local >= 0) & (local < logits.shape[1])
+        local = local.masked_fill(~here, 0)
+        found = logits.gather(1, local.unsqueeze(1)).squeeze(1).float().masked_fill(~here, 0)
+        pairs = torch.stack([torch.logsumexp(logits.float(), dim=1), found])
+        gathered = pairs.new_empty(axis.size, *pairs.shape)
+        dist.all_gather(list(gathered), pairs, group=axis.group)
+        normalizer = torch.logsumexp(gathered[:, 0], dim=0)
+        counted = labels != IGNORED
+        ctx.save_for_backward(logits, normalizer, local, here, counted)
+        return (normalizer - gathered[:, 1].sum(0)).masked_fill(~counted, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normalizer, local, here, counted = ctx.saved_tensors
+        # The softmax is worked out anew: kept from the forward pass it would take the logits' memory once more.
+        result = torch.sub(logits, normalizer.unsqueeze(1)).exp_().mul_(counted.unsqueeze(1))
+        result.scatter_add_(1, local.unsqueeze(1), -here.to(result.dtype).unsqueeze(1))
+        return result.mul_(gradient).to(logits.dtype), None, None, None
+
+
+def summed_cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in fp32 summed over the targets, in nats; equal on all processes of the tensor axis.
+
+    `model` is the bare model, whose output layer says whether it gives all logits or some.
+    Shapes: (positions, vocabulary or part of it), (positions).
+    Collectives: where the output layer is split, one gather of two numbers per position, by all of the tensor axis.
+    """
+    head = output_embedding(model)
+    if isinstance(head, Split):
+        loss: Tensor = _SummedCrossEntropy.apply(logits, labels, head.first, head.axis)  # type: ignore[no-untyped-call]
+        return loss
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
