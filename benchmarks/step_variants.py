@@ -150,7 +150,7 @@ def _engine_variant(shape: Shape, runtime: Runtime, *, low_rank: bool) -> Varian
     config = _config(shape, low_rank=low_rank)
     hf_config = _hf_config(config)
     phase = make_phase(config, hf_config, step=0, fresh=True, tensor=1)
-    return _in_engine(phase, config, _batch(shape), runtime, step_flops(config, hf_config, 0))
+    return _in_engine(phase, config, _batch(shape), runtime, step_flops(config, hf_config, 0, print))
 
 
 def _in_engine(phase: Phase, config: TrainConfig, batch: Batch, runtime: Runtime, flops: int) -> Variant:

@@ -6,6 +6,7 @@ blocks are alike, since a whole large model takes seconds even without memory.
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +21,7 @@ from launch.weightless import weightless
 from parallel.footprint import Held, Role
 from parallel.pretence import imagined_axis
 from parallel.tensor import split_model
-from relora.convert import Conversion, ConversionRow, low_rank_modules, prepare_base_
+from relora.convert import Conversion, ConversionRow, low_rank_modules, planned_layers, prepare_base_
 from relora.errors import ConfigError
 from relora.optimizer import parameter_groups
 from relora.precision import MergePrecision
@@ -69,7 +70,10 @@ class Skeletons:
         if not self.alike:
             return made(self._hf_config)
         assert self._blocks is not None
-        one, two = (made(_shallow(self._hf_config, blocks)) for blocks in (1, 2))
+        try:
+            one, two = (made(_shallow(self._hf_config, blocks)) for blocks in (1, 2))
+        except ConfigError:  # let the whole model say it, if it is true of the whole model
+            return made(self._hf_config)
         further = self._blocks - 1
         return Skeleton(
             held=_repeated(one.held, two.held, further),
@@ -78,13 +82,23 @@ class Skeletons:
         )
 
     def _repeats(self, blocks: int) -> bool:
-        sizes = [self._size(_shallow(self._hf_config, depth)) for depth in (1, 2)] + [self._size(self._hf_config)]
-        return sizes[2] == sizes[0] + (blocks - 1) * (sizes[1] - sizes[0])
+        whole = self._sizes(self._hf_config)
+        try:
+            one, two = (self._sizes(_shallow(self._hf_config, depth)) for depth in (1, 2))
+        except ConfigError:  # a target names a block that is not there
+            return False
+        return all(
+            total == first + (blocks - 1) * (second - first)
+            for total, first, second in zip(whole, one, two, strict=True)
+        )
 
-    def _size(self, hf_config: PretrainedConfig) -> int:
+    def _sizes(self, hf_config: PretrainedConfig) -> tuple[int, int]:
+        """Entries of the model, and of its factors."""
         with torch.device("meta"):
             model = build_model(self._low.model, hf_config, seed=0, weights=False)
-        return sum(parameter.numel() for parameter in model.parameters())
+        layers = {} if self._low.lora is None else planned_layers(model, self._low.lora)
+        factors = sum(rank * sum(module.get_parameter("weight").shape) for module, rank in layers.values())
+        return sum(parameter.numel() for parameter in model.parameters()), factors
 
 
 def _shallow(hf_config: PretrainedConfig, blocks: int) -> PretrainedConfig:
@@ -175,17 +189,18 @@ def _more(one: ConversionRow, two: ConversionRow, further: int) -> ConversionRow
     )
 
 
-def step_flops(config: TrainConfig, hf_config: PretrainedConfig, step: int) -> int:
-    """FLOPs that the update after `step` updates executes, on all processes together."""
+def step_flops(config: TrainConfig, hf_config: PretrainedConfig, step: int, say: Callable[[str], None]) -> int:
+    """FLOPs that the update after `step` updates executes, on all processes together.
+
+    0, and a word about it, for a model that cannot be traced without memory: it trains all the same.
+    """
     sequences = config.training.microbatch_size or 1
-    microbatch = (
-        Skeletons(config, hf_config)
-        .get(
-            low_rank=low_rank_at(config, step),
-            tensor=1,
-            sequences=sequences,
-            checkpointing=config.training.activation_checkpointing,
-        )
-        .microbatch
-    )
+    low_rank, checkpointing = low_rank_at(config, step), config.training.activation_checkpointing
+    skeletons = Skeletons(config, hf_config)
+    try:
+        skeleton = skeletons.get(low_rank=low_rank, tensor=1, sequences=sequences, checkpointing=checkpointing)
+    except ConfigError as error:
+        say(f"no FLOPs are reported: {error}")
+        return 0
+    microbatch = skeleton.microbatch
     return (config.training.global_batch_size // sequences) * (microbatch.forward_flops + microbatch.backward_flops)

@@ -115,7 +115,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
             max_skips=config.training.max_skips,
         ),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step)),
+        watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
     )

@@ -24,7 +24,7 @@ def begin_low_rank(run: Run) -> None:
     run.conversion = phase.conversion
     run.engine = make_engine(phase, run.config, run.runtime)
     load_checkpoint(run, checkpoint)
-    run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step)
+    run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)
     show_model(run)
     if run.config.run.save_start:
         save_folder(run, "start", checkpoint, torch.float32)

@@ -145,12 +145,14 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        "gradient_clipping": max_grad_norm if stage > 0 else 0.0,  # left out, it would be 1
     }
     if bf16:
-        config["bf16"] = {"enabled": True}
+        # At once: otherwise a bf16 gradient of everything stays beside the fp32 one until the step.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # low-rank gradients are few, and a sum of bf16 loses digits
     if stage > 0:
-        config["gradient_clipping"] = max_grad_norm
         config["zero_optimization"] = _zero_section(parallel, stage, trainable, on_gpu)
     return _merged(config, parallel.deepspeed or {})
 

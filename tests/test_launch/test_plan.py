@@ -119,6 +119,8 @@ LAYOUTS = [
     *((LOW_RANK, stage, 1, 2, dtype, "none") for stage in range(4) for dtype in ("fp32", "bf16")),
     *((LOW_RANK, stage, 2, 2, "bf16", "none") for stage in (0, 2, 3)),
     (LOW_RANK, 0, 1, 1, "bf16", "none"),
+    (LOW_RANK, 2, 1, 4, "bf16", "none"),
+    (LOW_RANK, 3, 1, 4, "bf16", "none"),
     (LOW_RANK, 1, 1, 2, "bf16", "optimizer"),
     (LOW_RANK, 2, 1, 2, "fp32", "optimizer"),
     (LOW_RANK, 3, 1, 2, "bf16", "all"),
@@ -130,7 +132,7 @@ LAYOUTS = [
 def test_planned_memory_and_traffic_are_an_engines(on_processes, base, stage, tensor, data, dtype, offload):
     layout = Layout(zero_stage=stage, tensor=tensor, data=data)
     words = [*base, f"parallel.zero_stage={stage}", f"training.dtype={dtype}"]
-    words += [f"++parallel.tensor={tensor}", f"++parallel.offload={offload}"]
+    words += [f"parallel.tensor={tensor}", f"parallel.offload={offload}"]
     plan = planned(words, layout)
     answers = on_processes(measured, layout.processes, words, layout.tensor)
     resident, in_microbatch = (max(answer[index] for answer in answers) for index in (0, 1))
@@ -141,14 +143,35 @@ def test_planned_memory_and_traffic_are_an_engines(on_processes, base, stage, te
         handed_over = answers[0][2]
         assert set(plan.data_step) <= set(handed_over)
         for key, size in handed_over.items():
-            assert size == pytest.approx(plan.data_step.get(key, 0), rel=0.05, abs=200), key
+            little = 100 + sum(handed_over.values()) / 100  # norms, and what stage 3 compares in its first steps
+            assert size == pytest.approx(plan.data_step.get(key, 0), rel=0.05, abs=little), key
+
+
+GATHER_LATE = [
+    f"++parallel.deepspeed.zero_optimization.stage3_{key}=0"
+    for key in ("param_persistence_threshold", "prefetch_bucket_size", "max_reuse_distance")
+]
+GPT2 = ["model.config.model_type=gpt2", "~model.config.intermediate_size", "~model.config.rms_norm_eps"]
+
+
+@pytest.mark.parametrize(("tensor", "family"), [(1, []), (2, []), (1, [*GPT2, "++model.config.attn_pdrop=0.0"])])
+def test_gathered_weights_stay_as_long_as_the_plan_says(on_processes, tensor, family):
+    words = [*LOW_RANK, "lora.rank=32", "model.config.num_hidden_layers=12", *family, f"parallel.tensor={tensor}"]
+    words += ["parallel.zero_stage=3", "training.dtype=bf16", *GATHER_LATE]
+    plan = planned(words, Layout(zero_stage=3, tensor=tensor, data=2))
+    in_microbatch = max(answer[1] for answer in on_processes(measured, 2 * tensor, words, tensor))
+    assert in_microbatch <= plan.in_microbatch <= 1.1 * in_microbatch
+    plain = plan.microbatch.at_loss / in_microbatch
+    assert (plain < 0.9) == (tensor > 1 or bool(family)), "only views of weights keep all layers' weights"
 
 
 def test_bytes_over_the_tensor_axis_are_those_that_layers_hand_over(on_processes):
-    words = [*LOW_RANK, "parallel.zero_stage=0", "training.dtype=bf16", "++parallel.tensor=2"]
+    words = [*LOW_RANK, "parallel.zero_stage=0", "training.dtype=bf16", "parallel.tensor=2"]
     plan = planned(words, Layout(zero_stage=0, tensor=2, data=1))
     for _, _, handed_over in on_processes(measured, 2, words, 2):
         assert handed_over["summed"] == pytest.approx(plan.microbatches * plan.microbatch.all_reduced, rel=1e-3)
+    whole_factors = 4 * 8 * (5 * 64 + 2 * 64)  # blocks, rank, inputs of column layers and outputs of row layers
+    assert plan.sent_in_step["tensor axis: factor gradients"] == plan.microbatches * 2 * whole_factors
 
 
 @pytest.mark.parametrize("base", [LOW_RANK, FULL_RANK], ids=["low_rank", "full_rank"])
@@ -196,6 +219,22 @@ def test_a_model_of_repeated_blocks_equals_the_whole_model_built(tensor, low_ran
     whole.alike = False
     wanted = {"low_rank": low_rank, "tensor": tensor, "sequences": 2, "checkpointing": True}
     assert short.get(**wanted) == whole.get(**wanted)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lora.rank_pattern={model.layers.3.self_attn.q_proj: 2}"],
+        [r"lora.target_modules='model\.layers\.[03]\..*_proj'"],
+    ],
+)
+def test_blocks_that_differ_in_their_factors_are_all_built(words):
+    config, hf_config = configured([*LOW_RANK, *words])
+    skeletons = Skeletons(config, hf_config)
+    assert not skeletons.alike
+    held = skeletons.get(low_rank=True, tensor=1, sequences=2, checkpointing=False).held
+    conversion = make_phase(config, hf_config, step=0, fresh=True, tensor=1).conversion
+    assert sum(one.entries for one in held if one.group) == conversion.trainable
 
 
 @pytest.mark.parametrize("precision", list(MergePrecision))
@@ -266,7 +305,7 @@ def test_full_rank_training_stands_beside_a_run_that_has_none_of_it(capsys):
 def test_offload_moves_masters_and_moments_to_the_host():
     words = [*LOW_RANK, "parallel.zero_stage=2", "training.dtype=bf16"]
     layout = Layout(zero_stage=2, tensor=1, data=2)
-    here, there = planned(words, layout).footprint, planned([*words, "++parallel.offload=optimizer"], layout).footprint
+    here, there = planned(words, layout).footprint, planned([*words, "parallel.offload=optimizer"], layout).footprint
     for kind in (Kind.masters, Kind.moments):
         assert kind not in there.device
         assert there.host[kind] == here.device[kind]
@@ -284,9 +323,9 @@ def test_offload_moves_masters_and_moments_to_the_host():
         (["plan.gpu_memory=nan"], "plan.gpu_memory must be above 0"),
         (["--json"], "plan.json needs a value"),
         (["plan.json=/nowhere/plan.json"], "plan.json=/nowhere/plan.json cannot be written"),
-        (["plan.processes=3", "++parallel.tensor=2"], "parallel.tensor=2 must divide"),
+        (["plan.processes=3", "parallel.tensor=2"], "parallel.tensor=2 must divide"),
         (["plan.processes=3"], "training.global_batch_size must be a multiple of the 3 processes"),
-        (["plan.processes=8", "++parallel.tensor=8"], "num_attention_heads=4"),
+        (["plan.processes=8", "parallel.tensor=8"], "num_attention_heads=4"),
         (["lora.rnak=4"], "lora.rnak"),
     ],
 )

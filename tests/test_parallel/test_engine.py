@@ -101,6 +101,27 @@ def test_an_fp32_step_equals_plain_adamw_with_clipping_accumulation_and_the_give
 
 
 @STAGES
+@pytest.mark.parametrize("limit", [0.0, 5.0])
+def test_the_norm_before_clipping_is_told_and_nothing_else_clips(runtime, stage, limit):
+    """DeepSpeed clips to 1 where its configuration does not say."""
+    model = make_model()
+    engine = make_engine(runtime, model, max_grad_norm=limit, stage=stage)
+    plain = copy.deepcopy(make_model())
+    optimizer = torch.optim.AdamW(make_groups(plain), lr=LR, **SETTINGS)
+    (20 * plain(inputs(1)[0]).square().mean()).backward()
+    norm = nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    if limit:
+        nn.utils.clip_grad_norm_(plain.parameters(), limit)
+    optimizer.step()
+    engine.backward(20 * engine(input=inputs(1)[0]).square().mean())
+    assert engine.step(LR, lambda norm: None).grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert norm > 5.0
+    ours = weights(engine)
+    for name, theirs in plain.named_parameters():
+        torch.testing.assert_close(ours[name], theirs.detach().flatten(), rtol=1e-5, atol=1e-7)
+
+
+@STAGES
 def test_a_bf16_step_updates_fp32_masters_that_small_updates_accumulate_in(runtime, stage):
     model = make_model(torch.bfloat16)
     engine = make_engine(runtime, model, max_grad_norm=1.0, stage=stage)

@@ -1,0 +1,24 @@
+"""The command `train` with slow disks: `python tests/training.py SECONDS key=value ...`, to be killed while it writes."""
+
+import sys
+import time
+
+from launch import exits, train
+from parallel import parts
+
+
+def main() -> int:
+    """Sleep so long before each file of a checkpoint is written."""
+    seconds, real = float(sys.argv[1]), parts.save_file
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        real(*args, **kwargs)
+
+    parts.save_file = slow
+    return train.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    assert exits.DONE == 0
+    sys.exit(main())
