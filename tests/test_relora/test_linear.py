@@ -1,6 +1,7 @@
 """The layer against a slow, plain twin."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_merging_in_parts_equals_merging_at_once(
     changed = whole.merge_(precision, key=key)
     flat = layer.whole_base()
     cuts = [0, 1, IN + 2, IN * OUT // 2, IN * OUT, IN * OUT]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         bits = None if flat.extra_bits is None else flat.extra_bits[start:stop].clone()
         part = BasePart(weight=flat.weight[start:stop].clone(), extra_bits=bits, start=start)
         changed -= layer.merge_(precision, key=key, part=part)

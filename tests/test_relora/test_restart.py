@@ -14,7 +14,7 @@ from relora.convert import LoraConfig, prepare_base_, to_low_rank
 from relora.errors import ConfigError
 from relora.initialize import draw_down
 from relora.linear import LowRankLinear
-from relora.optimizer import Moments, OptimizerConfig, Reset, parameter_groups
+from relora.optimizer import OptimizerConfig, Reset, parameter_groups
 from relora.precision import MergePrecision
 from relora.restart import PlainStore, ReloraConfig, cycle_of, restart, restart_due
 
