@@ -24,15 +24,16 @@ def step_traffic(
     section = settings.get("zero_optimization", {})
     bf16 = "bf16" in settings
     width, trainable = 2 if bf16 else FP32, trainable_entries(held)
+    summed = FP32 if settings.get("communication_data_type") == "fp32" else width
     if parallel.zero_stage == 0:
         return {"summed": trainable * FP32}
     if parallel.zero_stage == 3:
         whole = Gathering(held, section, data=data)
         gathered = whole.kept + microbatches * (2 * whole.passing - whole.turning)
-        return {"scattered": microbatches * trainable * width, "gathered": gathered * width}
+        return {"scattered": microbatches * trainable * summed, "gathered": gathered * width}
     sizes = sum(flat_size(group, data) for group in groups_of(held))
     once = parallel.zero_stage == 1 and (bf16 or parallel.offload is Offload.none)
-    return {"summed": (1 if once else microbatches) * trainable * width, "gathered": sizes * width}
+    return {"summed": (1 if once else microbatches) * trainable * summed, "gathered": sizes * width}
 
 
 def factor_bytes(held: Sequence[Held]) -> int:

@@ -151,7 +151,6 @@ def deepspeed_config(
         # At once: otherwise a bf16 gradient of everything stays beside the fp32 one until the step.
         config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"  # low-rank gradients are few, and a sum of bf16 loses digits
     if stage > 0:
         config["zero_optimization"] = _zero_section(parallel, stage, trainable, on_gpu)
     return _merged(config, parallel.deepspeed or {})

@@ -13,7 +13,6 @@ def test_bf16_gradients_are_summed_in_fp32_and_accumulation_is_the_callers():
     config = settings(bf16=True)
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["bf16"]["enabled"]
-    assert config["communication_data_type"] == "fp32"
     assert config["gradient_clipping"] == 0.5
     assert config["managed_gradient_accumulation"] is False
     assert config["zero_optimization"]["stage"] == 1, "where DeepSpeed keeps fp32 masters"
