@@ -98,10 +98,13 @@ def _planned(sizes: dict[str, int], prefix: str) -> int:
     return sum(size for key, size in sizes.items() if key.startswith(prefix))
 
 
-def _quotient(planned: float, counted: float) -> str:
-    if not planned:  # single numbers travel, too: norms, losses, what a restart reports
-        return _NONE if not counted else f"0 B / {counted} B"
-    return f"{planned / counted:.3f}" if counted else "nothing counted"
+def _quotient(planned: int, counted: int) -> str:
+    """Planned over counted; where single numbers are all that travels (norms, reports), both in bytes."""
+    if planned == counted == 0:
+        return _NONE
+    if 0.1 * counted < planned < 10 * counted:
+        return f"{planned / counted:.3f}"
+    return f"{planned} B / {counted} B"
 
 
 def _methods(rows: Sequence[Row]) -> str:

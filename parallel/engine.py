@@ -26,6 +26,7 @@ from parallel.regions import Region
 from parallel.runtime import Axis, Runtime
 from parallel.shards import Shards
 from parallel.zero import BUCKET_ENTRIES, ParallelConfig, deepspeed_config
+from relora.linear import LowRankLinear
 
 Groups = Sequence[dict[str, Any]]
 
@@ -92,7 +93,7 @@ class Engine:
             on_gpu=runtime.device.type == "cuda",
         )
         axes = _Axes(runtime, replicas=parallel.zero_stage == 0)
-        self._engine = _initialize(model, self._optimizer, settings, axes)
+        self._engine = _initialize(model, self._optimizer, settings, axes, runtime.device)
         # At stage 0 DeepSpeed sees a data axis of one process, and the sum over the real one is made here.
         self._engine.enable_backward_allreduce = self._stage > 0
         self.model = model
@@ -268,7 +269,23 @@ def _alone(rank: int) -> dist.ProcessGroup:
     return group
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], axes: _Axes) -> Any:
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring all buffers to the device but extra bits, which are as large as weights and are cut first."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not isinstance(module, LowRankLinear):
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
+
+
+def _initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    axes: _Axes,
+    device: torch.device,
+) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -280,6 +297,12 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: di
     # Built from source on first use, for minutes, and it ignores process groups.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use a dozen times
+        if settings.get("zero_optimization", {}).get("stage") == 3:
+            # Left to the engine, the whole model would be on the device before it is partitioned.
+            deepspeed.zero.Init(
+                module=model, data_parallel_group=axes.get_data_parallel_group(), config_dict_or_path=settings, mpu=axes
+            )
+            _move_buffers(model, device)
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=axes, dist_init_required=False
         )

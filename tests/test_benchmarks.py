@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality, runs, step
+from benchmarks import parallel, quality, runs, step
 from benchmarks.outcome import markdown, read_document
+from benchmarks.parallel_layouts import entries
+from benchmarks.parallel_tables import sent
+from benchmarks.parallel_traffic import ALL_GATHER, ALL_REDUCE, DATA, REDUCE_SCATTER, TENSOR, ring
+from benchmarks.parallel_turns import ratio
 from benchmarks.quality_methods import QUICK, methods
 from benchmarks.quality_picture import draw
 from benchmarks.runs import Job, Result, RunFailed, read_result, run_all
@@ -122,6 +126,58 @@ def test_times_are_compared_turn_by_turn():
     assert step.ratio({"a": [3.0], "b": [2.0]}, "a", "b")["high"] == 1.5
 
 
+def test_layouts_are_those_that_the_processes_allow_and_each_stands_once():
+    one, two, six = (entries(count, stages=[0, 2], tensor=[1, 2, 4]) for count in (1, 2, 6))
+    assert [entry.name for entry in one] == ["ReLoRA, one process", "full rank, one process", "ReLoRA, ZeRO 2"]
+    assert [entry.name for entry in two[2:]] == [
+        "ReLoRA, ddp",
+        "ReLoRA, ZeRO 2",
+        "ReLoRA, tensor 2",
+        "ReLoRA, ZeRO 2, tensor 2",
+        "full rank, ddp",
+    ]
+    assert {(entry.layout.tensor, entry.layout.data) for entry in six} == {(1, 1), (1, 6), (2, 3)}
+    for chosen in (one, two, six):
+        assert len({entry.name for entry in chosen}) == len(chosen)
+
+
+def test_a_ring_sends_a_sum_twice_and_everything_else_once():
+    assert ring(ALL_REDUCE, 1000, 2) == ring(REDUCE_SCATTER, 1000, 2) + ring(ALL_GATHER, 1000, 2) == 1000
+    assert ring(ALL_GATHER, 1000, 4) == 750
+    assert ratio([1.0, 10.0, 2.0], [2.0, 20.0, 4.0]) == {"median": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_a_batch_that_no_layout_can_share_is_refused_before_any_process_starts(monkeypatch, capfd):
+    monkeypatch.setattr(parallel.subprocess, "run", None)
+    assert parallel.main(["--batch", "3", "--microbatch", "1", "--processes", "1", "2"]) == exits.REFUSED
+    assert "must be a multiple of the 2 processes" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_layouts_compares_equal_trainers_and_counts_what_the_plan_says(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "parallel.json"
+    shape = ["--sequence", "16", "--repetitions", "1", "--processes", "2"]
+    assert parallel.main(["--quick", *shape, "--json", str(file)]) == exits.DONE
+    (found,) = read_document(file)["sets"]
+    rows = {row["name"]: row for row in found["rows"]}
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(rows[f"{row['method']}, one process"]["loss"], abs=1e-4)
+        on_data = [flow for flow in row["step"] if flow["axis"] == DATA]
+        gathered = [flow for flow in on_data if flow["kind"] == ALL_GATHER]
+        on_tensor = [flow for flow in row["step"] if flow["axis"] == TENSOR]
+        plan = row["planned"]["step"]
+        assert sent(gathered) == pytest.approx(plan["data axis: weights"], rel=0.01)
+        assert sent(on_data) - sent(gathered) == pytest.approx(plan["data axis: gradients"], rel=0.01, abs=200)
+        planned = plan["tensor axis: activations"] + plan["tensor axis: factor gradients"]
+        assert sent(on_tensor) == pytest.approx(planned, abs=200)  # norms and losses travel, too
+    assert sent(rows["ReLoRA, ddp"]["step"]) < 0.1 * sent(rows["full rank, ddp"]["step"])
+    restarts = [flow["handed"] for flow in rows["ReLoRA, ZeRO 3"]["restart"]]
+    assert sum(restarts) < 0.05 * rows["full rank, ZeRO 3"]["peak_bytes"], "factors travel, the base does not"
+    assert rows["ReLoRA, tensor 2"]["peak_bytes"] < rows["ReLoRA, one process"]["peak_bytes"]
+    assert "| ReLoRA, ZeRO 3, tensor 2 |" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_quality_study_runs_all_methods_at_the_same_tokens(tmp_path):
     words = ["--quick", "--json", str(tmp_path / "q.json"), "--picture", str(tmp_path / "q.png")]
@@ -148,7 +204,7 @@ def test_the_step_benchmark_runs_and_its_variants_train_alike(tmp_path, capfd):
     assert "of a ReLoRA step" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("module", [quality, step])
+@pytest.mark.parametrize("module", [parallel, quality, step])
 def test_the_documents_show_the_figures_of_the_json_files(module):
     name = module.__name__.rpartition(".")[2]
     shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8").splitlines()
