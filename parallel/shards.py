@@ -7,6 +7,7 @@ checkpoints address parameters by identity or name and never see the difference.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,21 +93,13 @@ class Shards:
         """This process's part of a layer's base weight."""
         data, tensor = self._runtime.data.size, self._runtime.tensor.size
         copies = 1 if self._names[layer.weight] in self._cut else tensor
-        bits = layer.extra_bits
         if not is_partitioned(layer.weight):
-            whole = layer.whole_base()
-            return BasePart(
-                weight=whole.weight,
-                extra_bits=whole.extra_bits,
-                replicas=data * copies,
-                layer_replicas=data * copies,
-            )
+            return replace(layer.whole_base(), replicas=data * copies, layer_replicas=data * copies)
         drop_whole([layer.weight])
-        start, _ = piece_range(layer.weight)
         return BasePart(
             weight=piece(layer.weight),
-            extra_bits=bits,
-            start=start,
+            extra_bits=layer.extra_bits,
+            start=piece_range(layer.weight)[0],
             replicas=copies,
             layer_replicas=data * copies,
         )
@@ -143,7 +136,7 @@ class Shards:
     def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """The entries of a whole tensor that `moments` holds, flat."""
         place = self._places[parameter]
-        return self._region(parameter).flat(place.start, place.count).take(whole)
+        return self._region(parameter).flat(place.start, place.count).take(whole).to(place.owner.device)
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all processes of the head."""

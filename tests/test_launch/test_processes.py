@@ -120,17 +120,17 @@ def test_the_model_at_the_end_is_the_one_that_was_trained_and_start_the_one_it_b
 class Job:
     """A run of several processes without a launcher, as srun would leave it."""
 
-    def __init__(self, tmp_path, count, overrides, slow=0.0):
+    def __init__(self, tmp_path, count, overrides, slow=0.0, further=()):
+        """`further` are words for the last process alone."""
         port = processes.free_port()
         command = [sys.executable, str(ROOT / "tests" / "training.py"), str(slow), *overrides]
         self.outputs = [tmp_path / f"output-{rank}" for rank in range(count)]
         self.processes = []
         for rank, output in enumerate(self.outputs):
             environment = processes.environment_of(rank, count, port)
+            words = [*command, *further] if rank == count - 1 else command
             with output.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=tmp_path)
-                )
+                self.processes.append(subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=tmp_path))
 
     def wait(self, seconds):
         """Exit codes, once all have ended."""
@@ -160,6 +160,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_once_and_nothing_is_
     assert job.wait(60.0) == [exits.REFUSED] * 2
     assert job.said().count("error:") == 1, job.said()
     assert "training.global_batch_size must be a multiple of the 2 processes" in job.said()
+    assert not (tmp_path / "refused").exists()
+
+
+def test_processes_with_different_configurations_are_refused_once_and_nothing_is_written(tiny, tmp_path):
+    job = Job(tmp_path, 2, [*tiny, f"run.dir={tmp_path / 'refused'}"], further=["optimizer.lr=0.02"])
+    assert job.wait(60.0) == [exits.REFUSED] * 2
+    assert job.said().count("error:") == 1, job.said()
+    assert "the configuration must be the same on all 2 processes" in job.said()
     assert not (tmp_path / "refused").exists()
 
 
