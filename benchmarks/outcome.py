@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -48,3 +49,10 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     first, *rest = widths
     rule = "|" + "|".join(["-" * (first + 2), *("-" * (width + 1) + ":" for width in rest)]) + "|"
     return "\n".join([line(headers), rule, *(line(cells) for cells in lines)])
+
+
+def paired_ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Times over others of the same turns: median and quartiles."""
+    ratios = [one / other for one, other in zip(times, others, strict=True)]
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": median(ratios), "low": low, "high": high}

@@ -7,12 +7,13 @@ the machine does hits all alike. That all compute the same is checked by their l
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from benchmarks.outcome import paired_ratio
 from benchmarks.parallel_layouts import FULL_RANK, RELORA, Entry, Shape, Trainer, build, configured
 from benchmarks.parallel_traffic import Traffic
 from launch.estimate import Cost, cost
@@ -183,13 +184,6 @@ def _compare(rows: Sequence[dict[str, Any]], chosen: Sequence[Entry], times: Seq
     for row, entry in zip(rows, chosen, strict=True):
         mine, alone = steps[key(entry)], steps[entry.method, True, 0, 1]
         full = steps.get((FULL_RANK, *key(entry)[1:]))
-        row["to_one_process"] = ratio(mine, alone)
-        row["to_ddp"] = None if entry.alone else ratio(mine, steps.get((entry.method, False, 0, 1), alone))
-        row["to_full_rank"] = None if full is None or entry.method == FULL_RANK else ratio(mine, full)
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Time over another's, turn by turn: median and quartiles."""
-    ratios = [one / other for one, other in zip(times, others, strict=True)]
-    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"median": median(ratios), "low": low, "high": high}
+        row["to_one_process"] = paired_ratio(mine, alone)
+        row["to_ddp"] = None if entry.alone else paired_ratio(mine, steps.get((entry.method, False, 0, 1), alone))
+        row["to_full_rank"] = None if full is None or entry.method == FULL_RANK else paired_ratio(mine, full)

@@ -15,14 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.machine import device_here
 from benchmarks.memory import memory_now, memory_peak
-from benchmarks.outcome import Document, document, markdown, write_document
+from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
 from benchmarks.step_variants import VARIANTS, Shape
 from launch import exits
 from launch.config import CONF
@@ -87,13 +87,6 @@ def peaks_in_processes(shape: Shape, *, at_a_time: int) -> dict[str, int]:
         return dict(zip(VARIANTS, pool.map(peak, VARIANTS), strict=True))
 
 
-def ratio(times: Times, name: str, to: str) -> dict[str, float]:
-    """Time of one variant over another's, turn by turn: median and quartiles."""
-    ratios = [one / other for one, other in zip(times[name], times[to], strict=True)]
-    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-    return {"median": median(ratios), "low": low, "high": high}
-
-
 def results(
     shape: Shape, device: torch.device, times: Times, facts: list[dict[str, Any]], peaks: dict[str, int]
 ) -> Document:
@@ -102,13 +95,13 @@ def results(
         {
             **fact,
             "seconds": median(times[fact["variant"]]),
-            "to_full_rank": ratio(times, fact["variant"], FULL_RANK),
-            "to_peft": {peft: ratio(times, fact["variant"], peft) for peft in PEFT},
+            "to_full_rank": paired_ratio(times[fact["variant"]], times[FULL_RANK]),
+            "to_peft": {peft: paired_ratio(times[fact["variant"]], times[peft]) for peft in PEFT},
             "peak_bytes": peaks[fact["variant"]],
         }
         for fact in facts
     ]
-    again = {"seconds": median(times[RESTART]), "to_step": ratio(times, RESTART, RELORA)}
+    again = {"seconds": median(times[RESTART]), "to_step": paired_ratio(times[RESTART], times[RELORA])}
     settings = {**asdict(shape), "threads": torch.get_num_threads(), "repetitions": len(times[RELORA])}
     return document("step", device, settings=settings, rows=rows, restart=again, times=times)
 

@@ -137,6 +137,7 @@ def cost(
     doubled = sum(one.entries for one in held if one.role is Role.factor and one.whole) if layout.tensor > 1 else 0
     relora = config.relora if low_rank else None
     pruning = relora is not None and relora.reset in (Reset.magnitude, Reset.random)
+    masters_apart = layout.zero_stage == 3 or (bf16 and layout.zero_stage > 0)
     return Cost(
         layout=layout,
         rows=skeleton.rows,
@@ -153,7 +154,7 @@ def cost(
         step_flops=microbatches * (skeleton.microbatch.forward_flops + skeleton.microbatch.backward_flops),
         restart_flops=0 if relora is None else merge_flops(held, layout.data if layout.zero_stage == 3 else 1),
         data_step=step_traffic(held, parallel, settings, data=layout.data, microbatches=microbatches),
-        data_restart={"summed": factor_bytes(held)} if relora is not None and layout.zero_stage > 0 else {},
+        data_restart={"summed": factor_bytes(held)} if relora is not None and masters_apart else {},
         all_restart={"summed": factor_bytes(whole.held)} if pruning else {},
         tensor_gradients=doubled * (2 if bf16 else FP32),
     )

@@ -37,7 +37,7 @@ def step_traffic(
 
 
 def factor_bytes(held: Sequence[Held]) -> int:
-    """Bytes of the factors in fp32: what a restart sums over the data axis from stage 1 on.
+    """Bytes of the factors in fp32: what a restart sums over the data axis where no process has whole masters.
 
     A pruning sums as much again over all processes, to see first moments whole. The base weights never travel.
     """

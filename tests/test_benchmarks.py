@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import parallel, quality, runs, step
-from benchmarks.outcome import markdown, read_document
+from benchmarks.outcome import markdown, paired_ratio, read_document
 from benchmarks.parallel_layouts import entries
 from benchmarks.parallel_tables import sent
 from benchmarks.parallel_traffic import ALL_GATHER, ALL_REDUCE, DATA, REDUCE_SCATTER, TENSOR, ring
-from benchmarks.parallel_turns import ratio
 from benchmarks.quality_methods import QUICK, methods
 from benchmarks.quality_picture import draw
 from benchmarks.runs import Job, Result, RunFailed, read_result, run_all
@@ -122,8 +121,8 @@ def test_a_failed_run_is_named_with_its_log(tiny, tmp_path, monkeypatch):
 
 def test_times_are_compared_turn_by_turn():
     times = {"a": [1.0, 10.0, 2.0], "b": [2.0, 20.0, 4.0]}  # the second turn met a busy machine
-    assert step.ratio(times, "a", "b") == {"median": 0.5, "low": 0.5, "high": 0.5}
-    assert step.ratio({"a": [3.0], "b": [2.0]}, "a", "b")["high"] == 1.5
+    assert paired_ratio(times["a"], times["b"]) == {"median": 0.5, "low": 0.5, "high": 0.5}
+    assert paired_ratio([3.0], [2.0])["high"] == 1.5
 
 
 def test_layouts_are_those_that_the_processes_allow_and_each_stands_once():
@@ -144,7 +143,6 @@ def test_layouts_are_those_that_the_processes_allow_and_each_stands_once():
 def test_a_ring_sends_a_sum_twice_and_everything_else_once():
     assert ring(ALL_REDUCE, 1000, 2) == ring(REDUCE_SCATTER, 1000, 2) + ring(ALL_GATHER, 1000, 2) == 1000
     assert ring(ALL_GATHER, 1000, 4) == 750
-    assert ratio([1.0, 10.0, 2.0], [2.0, 20.0, 4.0]) == {"median": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_a_batch_that_no_layout_can_share_is_refused_before_any_process_starts(monkeypatch, capfd):
