@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,6 +115,12 @@ class ParameterStore(Protocol):
     def total(self, sums: Tensor) -> Tensor:
         """Add up sums over all processes that share the model."""
 
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return a live view of this process's part of the float32 master, flat."""
+
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Bring the copies that the next forward pass uses up to their edited masters."""
+
 
 class PlainStore:
     """The store of a torch Adam in one process, whose parameters are their own masters."""
@@ -156,6 +163,13 @@ class PlainStore:
     def total(self, sums: Tensor) -> Tensor:
         """Return the sums, which are this process's."""
         return sums
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter's own memory."""
+        return parameter.data.view(-1)
+
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Do nothing: parameters are their own masters."""
 
 
 def restart_due(config: ReloraConfig, step: int, total_steps: int) -> bool:
