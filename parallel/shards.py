@@ -55,6 +55,8 @@ class Shards:
         self._places = places
         self._runtime = runtime
         self._spread = spread
+        self.masters_alike = not spread
+        """Whether all processes of the data axis hold the same masters."""
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._cut = set(regions)
         self._regions = {name: regions.get(name) or Region(_shape(one)) for one, name in self._names.items()}

@@ -86,7 +86,8 @@ class LteConfig:
 class Heads(Protocol):
     """Access to the other heads; all call the same methods in the same order.
 
-    What they return is equal on all heads, bit for bit.
+    What they return is equal on all heads, bit for bit. A tensor is `alike` when all processes of a head that train on
+    different sequences bring the same: then each may send a part of it.
     """
 
     count: int
@@ -96,16 +97,17 @@ class Heads(Protocol):
     sent: int
     """Bytes that this process has sent to the others."""
 
-    def gather(self, own: Tensor) -> list[Tensor]:
-        """Return every head's tensor, in order of heads."""
+    def gather(self, own: Tensor, *, alike: bool) -> list[Tensor]:
+        """Return every head's flat tensor, in order of heads."""
 
-    def mean(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean over heads, and this head's share of the inner products of their tensors.
+    def mean(self, own: Tensor, *, alike: bool) -> tuple[Tensor, Tensor]:
+        """Return the mean of flat tensors over heads, and this process's share of the heads' inner products.
 
-        Shapes: as `own`; (count, count) in float64, the shares of all heads to be summed.
+        Over the processes of all heads the shares sum to each part's products times the processes that hold it.
+        Shapes: as `own`; (count, count) in float64.
         """
 
-    def by_factors(self, factors: int, part: int) -> bool:
+    def by_factors(self, factors: int, part: int, *, alike: bool) -> bool:
         """Tell whether a layer's factors travel (so many entries a head), or its dense change (so many here)."""
 
 
@@ -244,17 +246,19 @@ def _merge_mean(
 ) -> None:
     """Add the mean of the heads' changes to this process's part of a base weight."""
     down, up = change
-    if heads.by_factors(down.numel() + up.numel(), part.weight.numel()):
+    alike = part.replicas == part.layer_replicas
+    if heads.by_factors(down.numel() + up.numel(), part.weight.numel(), alike=alike):
         tally.by_factors += 1
         pairs = [
-            one.split([down.numel(), up.numel()]) for one in heads.gather(torch.cat([down.flatten(), up.flatten()]))
+            one.split([down.numel(), up.numel()])
+            for one in heads.gather(torch.cat([down.flatten(), up.flatten()]), alike=True)
         ]
         downs = torch.cat([first.view_as(down) for first, _ in pairs])
         ups = torch.cat([second.view_as(up) for _, second in pairs], dim=1)
         tally.known += _inner_products(downs, ups, heads.count) * (layer.scaling**2 / part.layer_replicas)
         changed = layer.add_product_(precision, downs, ups.double() / heads.count, key, part)
     else:
-        mean, products = heads.mean(layer.product_part(down, up, part))
+        mean, products = heads.mean(layer.product_part(down, up, part), alike=alike)
         tally.shared += products / part.replicas
         changed = layer.add_part_(precision, mean, key, part)
     tally.sums[1] += changed / part.replicas
@@ -296,7 +300,7 @@ def _average_dense(model: nn.Module, store: ParameterStore, heads: Heads) -> Non
     masters = [store.master(parameter) for parameter in dense]
     if not masters:
         return
-    mean, _ = heads.mean(torch.cat([master.float() for master in masters]))
+    mean, _ = heads.mean(torch.cat([master.float() for master in masters]), alike=store.masters_alike)
     for master, value in zip(masters, mean.split([len(master) for master in masters]), strict=True):
         master.copy_(value)
     store.publish(dense)
@@ -308,7 +312,7 @@ def _closing(
     """Return the inner products of the heads' whole changes, and every head's words."""
     known, shared = store.total(torch.stack([tally.known, tally.shared]))
     own = torch.cat([torch.tensor([*words], dtype=torch.float64), shared.flatten()])
-    told = [one.cpu() for one in heads.gather(own)]
+    told = [one.cpu() for one in heads.gather(own, alike=False)]
     products = known + torch.stack([one[len(words) :] for one in told]).sum(0).view_as(known)
     return products, [one[: len(words)].tolist() for one in told]
 

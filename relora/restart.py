@@ -91,6 +91,9 @@ class ParameterStore(Protocol):
     A "whole" value has the shape that it has in the plain model in one process.
     """
 
+    masters_alike: bool
+    """Whether all processes that train on different sequences hold the same masters."""
+
     def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
         """Return the float32 values of down and up, in the shapes that the layer computes with."""
 
@@ -124,6 +127,8 @@ class ParameterStore(Protocol):
 
 class PlainStore:
     """The store of a torch Adam in one process, whose parameters are their own masters."""
+
+    masters_alike = True
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
 from parallel.runtime import start
@@ -160,7 +161,7 @@ def _trained(world, heads, tensor, zero, reset, exchange, adam="keep", dtype=tor
                 index = step // EVERY
                 report, said = sync(engine.model, config, engine.store, others, seed=3, sync_index=index, words=WORDS)
                 assert said == [list(WORDS)] * heads
-                reports.append((report, others.sent - sent, _planned(engine, config)))
+                reports.append((report, others.sent - sent, _planned(engine, config, runtime)))
                 bits.append(_base_bits(engine))
         with torch.no_grad():
             output = _loss(engine, runtime, _batches(0)[0]).item()
@@ -173,15 +174,19 @@ def _trained(world, heads, tensor, zero, reset, exchange, adam="keep", dtype=tor
         return losses, reports, held, wholes, bits, output
 
 
-def _planned(engine, config):
+def _planned(engine, config, runtime):
     layers = low_rank_modules(engine.model).values()
+    data, whole = runtime.data.size, engine.store.masters_alike
     sizes, factors = [], set()
     for layer in layers:
         down, up = engine.store.factors(layer)
         factors |= {id(layer.down), id(layer.up)}
-        sizes.append(SyncedLayer(factors=down.numel() + up.numel(), part=engine.store.base(layer).weight.numel()))
+        part = engine.store.base(layer).weight
+        alike = not hasattr(layer.weight, "ds_id")
+        sizes.append(SyncedLayer(factors=down.numel() + up.numel(), part=part.numel(), alike=alike))
     dense = [p for p in engine.model.parameters() if p.requires_grad and id(p) not in factors]
-    return sync_bytes(config, sizes, dense=sum(engine.store.master(p).numel() for p in dense), words=len(WORDS))
+    entries = sum(engine.store.master(p).numel() for p in dense)
+    return sync_bytes(config, sizes, data=data, dense=-(-entries // data) if whole else entries, words=len(WORDS))
 
 
 def _base_bits(engine):
@@ -316,22 +321,32 @@ def test_the_sums_of_a_report_are_those_of_the_changes(on_processes):
         assert report.shrinkage == pytest.approx((mean.norm() / (sum(report.delta_norms) / 2)).item(), rel=1e-4)
 
 
-def _talk(world):
-    with start(heads=3) as runtime:
-        heads = HeadExchange(runtime, Exchange.auto)
-        own = torch.arange(7.0) + 10.0**heads.index
-        mean, products = heads.mean(own)
-        total = sum(heads.gather(products))
-        return mean, total, torch.stack(heads.gather(own)), heads.sent
+def _talk(world, heads, alike):
+    with start(heads=heads) as runtime:
+        others = HeadExchange(runtime, Exchange.auto)
+        own = torch.arange(7.0) + 10.0**others.index
+        if not alike:
+            own += 100 * runtime.data.index
+        mean, products = others.mean(own, alike=alike)
+        sent = others.sent
+        told = others.gather(own, alike=alike)
+        shares = sum_over(runtime.batch, products.clone()) / runtime.data.size
+        return mean, torch.stack(told), sent, others.sent - sent, shares
 
 
-def test_a_mean_is_made_in_order_of_heads_and_every_byte_counts(on_processes):
-    values = torch.stack([torch.arange(7.0) + 10.0**head for head in range(3)])
-    for mean, products, told, sent in on_processes(_talk, 3):
-        assert torch.equal(mean, (values.double().sum(0) / 3).float())
-        assert torch.equal(told, values)
-        torch.testing.assert_close(products, values.double() @ values.double().t())
-        assert sent == 2 * 2 * 3 * 4 + 2 * 9 * 8 + 2 * 7 * 4
+@pytest.mark.parametrize(("heads", "count", "alike"), [(3, 3, True), (2, 4, True), (2, 4, False)])
+def test_a_mean_is_made_in_order_of_heads_and_every_byte_counts(on_processes, heads, count, alike):
+    data = count // heads
+    values = torch.stack([torch.arange(7.0) + 10.0**head for head in range(heads)])
+    of_data = [values + (0 if alike else 100 * index) for index in range(data)]
+    length = -(-7 // data) if alike else 7
+    for rank, (mean, told, sent_mean, sent_all, shares) in enumerate(on_processes(_talk, count, heads, alike)):
+        mine = of_data[rank % data]
+        assert torch.equal(mean, (mine.double().sum(0) / heads).float())
+        assert torch.equal(told, mine)
+        assert sent_mean == 2 * (heads - 1) * -(-length // heads) * 4
+        assert sent_all == (heads - 1) * length * 4
+        torch.testing.assert_close(shares, sum(one.double() @ one.double().t() for one in of_data) / data)
 
 
 def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size():
@@ -340,9 +355,11 @@ def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size
         for rank in range(1, 65):
             fewer = factors_are_fewer(heads, factors=rank * (out + inputs), part=out * inputs)
             assert fewer == (rank <= crossover)
-    layer = SyncedLayer(factors=4 * 128, part=64 * 64)
-    by = {way: layer_bytes(LteConfig(heads=8, exchange=way, reset="factors"), layer) for way in Exchange}
-    assert by == {"auto": 7 * 512 * 4, "factors": 7 * 512 * 4, "dense": 2 * 7 * 512 * 4}
+    layer = SyncedLayer(factors=4 * 128, part=64 * 64, alike=True)
+    for data in (1, 4):
+        configs = {way: LteConfig(heads=8, exchange=way, reset="factors") for way in Exchange}
+        by = {way.value: layer_bytes(config, layer, data=data) for way, config in configs.items()}
+        assert by == {"auto": 7 * 2048 / data, "factors": 7 * 2048 / data, "dense": 2 * 7 * 2048 / data}
 
 
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "reduce",
