@@ -38,9 +38,9 @@ def sync_run(run: Run) -> None:
     mean = sum(losses) / len(losses)
     run.watch.event("sync", state.step, loss=mean, losses=losses, **asdict(report))
     run.watch.say(
-        f"step {state.step}: sync {report.sync} of {config.lte.heads} heads, {report.layers} layers merged (update "
-        f"{report.update_ratio:.2%} of the base), {report.bytes:,} bytes a head in {report.seconds:.2f} s, loss "
-        f"{mean:.4f}"
+        f"step {state.step}: sync {report.sync}, {report.layers} layers took up the mean of {config.lte.heads} heads "
+        f"(update {report.update_ratio:.2%} of the base), {report.bytes:,} bytes a head in {report.seconds:.2f} s, "
+        f"loss {mean:.4f}"
     )
     if any(diverged):
         head = diverged.index(1.0)

@@ -113,7 +113,7 @@ def tensor_plan(model: nn.Module, patterns: Mapping[str, str] | None = None) -> 
 def tensor_regions(model: nn.Module, plan: Mapping[str, Style], *, size: int, index: int) -> dict[str, Region]:
     """What the index-th of `size` processes holds of every parameter and buffer that the plan splits.
 
-    The extra bits and synced factors of a low-rank layer are among them, whether they are there already or not.
+    The extra bits of a low-rank layer are among them, whether they are there already or will be made later.
 
     Raises:
         ConfigError: attention heads, or another length, that so many processes cannot share.
@@ -135,7 +135,7 @@ def tensor_regions(model: nn.Module, plan: Mapping[str, Style], *, size: int, in
             regions[name] = Region(shape, dim, _ranges(shape[dim], style, size, index))
             if leaf == "weight" and isinstance(module, LowRankLinear):
                 regions[f"{owner}.extra_bits"] = regions[name]
-            if leaf in ("down", "up") and isinstance(module, LowRankLinear):
+            if getattr(module, f"synced_{leaf}", None) is not None:
                 regions[f"{owner}.synced_{leaf}"] = regions[name]
     return regions
 
