@@ -23,7 +23,9 @@ from parallel.mesh import Mesh
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
+from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
+from relora.precision import MergePrecision
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig, check_schedule
 
@@ -173,7 +175,7 @@ class TrainConfig:
     training: TrainingConfig
     lora: LoraConfig | None = None
     relora: ReloraConfig | None = None
-    lte: Any = None
+    lte: LteConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -214,6 +216,18 @@ class TrainConfig:
         return self.optimizer.lr
 
     @property
+    def heads(self) -> int:
+        """Groups of processes that train apart."""
+        return self.lte.heads if self.lte is not None else 1
+
+    @property
+    def merge_precision(self) -> MergePrecision:
+        """How base weights take up merges; without merges they need no extra bits."""
+        if self.lte is not None:
+            return self.lte.merge_precision
+        return self.relora.merge_precision if self.relora is not None else MergePrecision.nearest
+
+    @property
     def restarts(self) -> Restarts | None:
         """When the learning rate restarts, as the schedule wants it."""
         return (self.relora.every, self.relora.warm_start_steps) if self.relora is not None else None
@@ -226,9 +240,8 @@ def check(config: TrainConfig) -> None:
         ConfigError: an impossible combination, or a setting that would have no effect.
     """
     steps = config.total_steps
-    for section in ("lte", "continual"):
-        if getattr(config, section) is not None:
-            raise ConfigError(f"{section} must be none in this version, got {getattr(config, section)!r}")
+    if config.continual is not None:
+        raise ConfigError(f"continual must be none in this version, got {config.continual!r}")
     if config.relora is not None and config.lora is None:
         raise ConfigError("relora needs low-rank layers: choose lora=lora, or relora=none for full-rank training")
     if config.relora is not None and 0 < steps <= config.warm_start_steps:
@@ -241,13 +254,18 @@ def check(config: TrainConfig) -> None:
             f"lora.init_from={config.lora.init_from} belongs to the weights that the run starts with, not to those "
             f"after relora.warm_start_steps={config.warm_start_steps}: set that to 0"
         )
-    if config.relora is not None and config.training.dtype is Dtype.fp32:
-        precision = config.relora.merge_precision.value
+    merging = {"relora": config.relora, "lte": config.lte}
+    for name, section in merging.items():
+        if section is None or config.training.dtype is not Dtype.fp32:
+            continue
+        precision = section.merge_precision.value
         if precision != "split":
             raise ConfigError(
-                f"relora.merge_precision={precision} has no effect with training.dtype=fp32, where merges are exact: "
+                f"{name}.merge_precision={precision} has no effect with training.dtype=fp32, where merges are exact: "
                 "leave it at split, or set training.dtype=bf16"
             )
+    if config.lte is not None:
+        _check_lte(config, config.lte)
     stop = config.training.stop_after
     if stop is not None and stop >= steps:
         raise ConfigError(
@@ -257,13 +275,36 @@ def check(config: TrainConfig) -> None:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)
 
 
+def _check_lte(config: TrainConfig, lte: LteConfig) -> None:
+    if config.lora is None:
+        raise ConfigError("lte needs low-rank layers: choose lora=lora, or lte=none for full-rank training")
+    if config.relora is not None:
+        raise ConfigError(
+            "relora must be none with lte=heads, whose syncs merge: lte.reset=factors draws new factors at each; drop "
+            "the relora settings"
+        )
+    if config.lora.init_from is not None:
+        raise ConfigError(f"lora.init_from={config.lora.init_from} must be null with lte: heads draw their own factors")
+    rhythms = {
+        "evaluation.every": config.evaluation.every,
+        "checkpoint.every": config.checkpoint.every,
+        "training.stop_after": config.training.stop_after or 0,
+    }
+    for key, value in rhythms.items():
+        if value % lte.sync_every:
+            raise ConfigError(
+                f"{key} must be a multiple of lte.sync_every={lte.sync_every}, since only right after a sync all heads "
+                f"are one model, got {value}: try {-(-value // lte.sync_every) * lte.sync_every}"
+            )
+
+
 def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     """Rules about the number of processes.
 
     Raises:
         ConfigError: the global batch cannot be shared, or a setting would have no effect.
     """
-    config.training.microbatch(mesh.data)
+    config.training.microbatch(mesh.heads * mesh.data)
 
 
 def load(overrides: Sequence[str]) -> TrainConfig:

@@ -109,7 +109,8 @@ def write_adapter(source: Source, folder: Path, dtype: torch.dtype, *, final: Pa
     write_model(snapshot, source.description, folder / "base", dtype, merged=False)
     factors: dict[str, Factors] = {}
     for name in snapshot.layers:
-        factors[name] = snapshot.tensor(f"{name}.down").to(dtype), snapshot.tensor(f"{name}.up").to(dtype)
+        down, up = snapshot.factors(name)
+        factors[name] = down.to(dtype), up.to(dtype)
     if not any(up.any() for _, up in factors.values()):
         console.info("a cycle has just begun: the adapter is still zero, and base/ is the whole model")
     rslora = lora.scaling == Scaling.rslora

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from continual.batches import Batch
+from launch.guard import TrainingDiverged
+from launch.heads import sync_run
 from launch.objective import accumulate, mean_loss, validation_batches
 from launch.phase import low_rank_at
 from launch.run import Run
@@ -14,6 +16,7 @@ from launch.saves import note_published, save_checkpoint
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
 from parallel.collectives import sum_over
+from relora.lte import sync_due
 from relora.restart import cycle_of, restart, restart_due
 from relora.schedule import multiplier
 
@@ -35,6 +38,8 @@ def train(run: Run) -> bool:
         warm_start_ends = state.step == config.warm_start_steps
         if config.relora is not None and restart_due(config.relora, state.step, total):
             restart_run(run)
+        if config.lte is not None and sync_due(config.lte, state.step, total):
+            sync_run(run)
         if _due(config.evaluation.every, state.step) or state.step == total:
             evaluate(run)
         if warm_start_ends:
@@ -84,11 +89,17 @@ def update(run: Run, clock: Stopwatch) -> None:
         cycle=cycle,
         tokens=size * config.data.sequence_length,
         seconds=seconds,
+        head=run.runtime.head.index if config.lte is not None else None,
     )
     if result.refused is not None:
         run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm)
         run.watch.say(f"step {state.step}: update skipped, {result.refused}")
-    run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
+    try:
+        run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
+    except TrainingDiverged as error:
+        if config.lte is None:
+            raise
+        run.diverged = str(error)  # the other heads hear of it at the next sync
 
 
 def restart_run(run: Run) -> None:
@@ -120,7 +131,7 @@ def evaluate(run: Run) -> float:
 
 def validation_loss(run: Run, model: nn.Module) -> float:
     """Mean loss of a model on the run's validation sequences, the same ones each time."""
-    config, validation, axis = run.config, run.data.validation, run.runtime.data
+    config, validation, axis = run.config, run.data.validation, run.runtime.batch
     assert validation is not None
     size = config.validation_batch(axis.size)
     batches = validation_batches(validation, sequences=config.evaluation.sequences, size=size)
@@ -128,7 +139,7 @@ def validation_loss(run: Run, model: nn.Module) -> float:
 
 
 def _targets(run: Run, batch: Batch) -> int:
-    """Targets of the global batch; without documents to tell apart, every share has as many."""
+    """Targets of the head's share of the global batch; without documents to tell apart, all shares have as many."""
     axis = run.runtime.data
     if batch.position_ids is None:
         return batch.targets * axis.size
@@ -136,20 +147,23 @@ def _targets(run: Run, batch: Batch) -> int:
 
 
 def _agree(run: Run, part: torch.Tensor) -> float:
-    """The loss over all processes, and, while they talk, whether any of them was asked to stop."""
+    """The loss over all processes of the head, and, while they talk, whether any of them was asked to stop."""
     axes = run.runtime
     sums = torch.zeros(2, dtype=torch.float64, device=axes.device)
     if axes.tensor.index == 0:
         sums[0] = part
     sums[1] = float(bool(run.stop))
     loss, stops = sum_over(axes.model, sums).tolist()
-    run.stop.agreed = stops > 0
+    run.stop.asked = stops > 0
+    if run.config.lte is None:
+        run.stop.agreed = run.stop.asked
     return float(loss)
 
 
 def _asked_to_stop(run: Run) -> bool:
     stop_after = run.config.training.stop_after
-    asked = run.stop.agreed if run.runtime.world_size > 1 else bool(run.stop)
+    alone = run.runtime.world_size == 1 and run.config.lte is None
+    asked = bool(run.stop) if alone else run.stop.agreed
     return asked or (stop_after is not None and run.state.step >= stop_after)
 
 

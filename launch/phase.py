@@ -21,8 +21,8 @@ from parallel.tensor import split_model
 from parallel.tensor_plan import tensor_plan, tensor_regions
 from relora.adapter import load_adapter_
 from relora.convert import Conversion, planned_layers, prepare_base_, to_low_rank
+from relora.lte import keep_synced_
 from relora.optimizer import parameter_groups
-from relora.precision import MergePrecision
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,12 +41,15 @@ def low_rank_at(config: TrainConfig, step: int) -> bool:
     return config.lora is not None and step >= config.warm_start_steps
 
 
-def make_phase(config: TrainConfig, hf_config: PretrainedConfig, *, step: int, fresh: bool, tensor: int) -> Phase:
+def make_phase(
+    config: TrainConfig, hf_config: PretrainedConfig, *, step: int, fresh: bool, tensor: int, head: int = 0
+) -> Phase:
     """The whole model of the phase that an update after `step` updates belongs to, checked for all that follows.
 
     Args:
         fresh: whether pre-trained weights and lora.init_from are wanted; a checkpoint brings its own.
         tensor: degree of tensor parallelism that the model must allow.
+        head: whose factors are drawn.
 
     Raises:
         ConfigError: a target or rank fits no layer, the adapter does not fit, or the model cannot be split so.
@@ -58,7 +61,9 @@ def make_phase(config: TrainConfig, hf_config: PretrainedConfig, *, step: int, f
     conversion, adapter = None, None
     if low_rank_at(config, step):
         assert config.lora is not None
-        conversion = to_low_rank(model, config.lora, seed=config.run.seed)
+        conversion = to_low_rank(model, config.lora, seed=config.run.seed, head=head)
+        if config.lte is not None:
+            keep_synced_(model, config.lte)
         if fresh and config.lora.init_from is not None:
             adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
     if tensor > 1:
@@ -70,8 +75,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
     """Keep this process's part of a phase's model, in the precision that is trained, and put an engine over it."""
     model = phase.model
     regions = split_model(model, runtime.tensor, config.parallel.tensor_plan)
-    precision = config.relora.merge_precision if config.relora else MergePrecision.nearest
-    prepare_base_(model, config.torch_dtype, precision)
+    prepare_base_(model, config.torch_dtype, config.merge_precision)
     if config.parallel.zero_stage < 3:  # which moves and partitions one parameter at a time
         model.to(runtime.device)
     if config.training.activation_checkpointing:
@@ -87,7 +91,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
         regions=regions,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
-        microbatch_size=config.training.microbatch(runtime.data.size),
+        microbatch_size=config.training.microbatch(runtime.batch.size),
         max_grad_norm=config.training.max_grad_norm,
     )
 

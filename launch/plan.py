@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     own, overrides = parse(words)
     config = load(overrides)
+    if config.lte is not None:
+        raise ConfigError("plan does not know lte yet: plan one head by lte=none, with its processes and its batch")
     hf_config = model_config(config.model, vocab_size=_vocabulary(config), sequence_length=config.data.sequence_length)
     phases = outlooks(config, hf_config, own.processes or config.parallel.tensor)
     show(make_console(enabled=True), config, phases, own.gpu_memory)

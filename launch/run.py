@@ -15,6 +15,7 @@ from launch.spectra import Spectra
 from launch.state import RunState
 from launch.watch import Watch
 from parallel.engine import Engine
+from parallel.exchange import HeadExchange
 from parallel.runtime import Runtime
 from parallel.saving import Saver
 from relora.convert import Conversion
@@ -34,13 +35,17 @@ class Run:
     """Over this process's part of the model."""
     conversion: Conversion | None
     state: RunState
-    """Equal on all processes but for times and memory."""
+    """Equal on all processes but for times and memory, and for what `RunState.own` names between LTE's heads."""
     guard: Guard
     saver: Saver
     watch: Watch
     """Silent on all processes but the main one."""
     stop: StopRequest
     spectra: Spectra | None
+    heads: HeadExchange | None = None
+    """The way to LTE's other heads."""
+    diverged: str | None = None
+    """Why this head cannot go on; the heads agree on it at the next sync."""
 
     @property
     def model(self) -> nn.Module:
@@ -50,12 +55,13 @@ class Run:
     @property
     def microbatch(self) -> int:
         """Sequences per forward and backward of this process."""
-        return self.config.training.microbatch(self.runtime.data.size)
+        return self.config.training.microbatch(self.runtime.batch.size)
 
     def next_batch(self) -> Batch:
         """This process's share of the next global batch."""
-        share = self.config.training.global_batch_size // self.runtime.data.size
-        return self.data.train.batch(self.state.position + self.runtime.data.index * share, share)
+        axis = self.runtime.batch
+        share = self.config.training.global_batch_size // axis.size
+        return self.data.train.batch(self.state.position + axis.index * share, share)
 
 
 def show_model(run: Run) -> None:
@@ -64,7 +70,9 @@ def show_model(run: Run) -> None:
     where = f"on {device}"
     if mesh.world_size > 1:
         stage = run.config.parallel.zero_stage
-        where = f"on {mesh.world_size} processes ({mesh.data} data x {mesh.tensor} tensor, ZeRO {stage}, {device})"
+        heads = f"{mesh.heads} heads x " if run.config.lte is not None else ""
+        axes = f"{heads}{mesh.data} data x {mesh.tensor} tensor"
+        where = f"on {mesh.world_size} processes ({axes}, ZeRO {stage}, {device})"
     trainable = run.engine.store.trainable_entries
     if run.conversion is None:
         run.watch.say(f"full rank: {trainable:,} parameters train {where}")

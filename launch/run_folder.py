@@ -40,7 +40,7 @@ _FREE = (
     "data.workers",
 )
 # What a checkpoint from elsewhere (checkpoint.resume=PATH) must share: the shapes and the meaning of its tensors.
-_BOUND = ("model.", "lora.rank", "lora.target_modules", "lora.dense", "data.tokenizer")
+_BOUND = ("lte.heads", "lte.reset", "model.", "lora.rank", "lora.target_modules", "lora.dense", "data.tokenizer")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,9 +15,9 @@ from launch.description import describe
 from launch.forms import write_folder
 from launch.model import in_place_of
 from launch.run import Run
-from launch.snapshot import Snapshot
+from launch.snapshot import Snapshot, is_shared, of_head
 from parallel.checkpoint import Checkpoint, open_checkpoint, step_name
-from parallel.collectives import on_main
+from parallel.collectives import gather_objects, on_main
 from parallel.regions import Region, whole
 from parallel.runtime import Runtime
 from parallel.shards import Held, Read
@@ -26,18 +26,23 @@ from relora.errors import ConfigError
 from relora.initialize import key_of
 from relora.precision import split
 
+_FACTORS = ("down", "up", "synced_down", "synced_up")
+
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of the run as it is after its last step, or begin to, and drop old ones."""
     state = run.state
     state.note_best(step_name(state.step))
-    held: Held = {**run.engine.store.held(), "generators": _generators(run.runtime)}
+    held: Held = {**_held(run), "generators": _generators(run.runtime)}
     plain = {
         "run": state.to_dict(),
         "config": resolved(run.config),
         "data": run.data.fingerprint,
-        "data_processes": run.runtime.data.size,
+        "data_processes": run.runtime.batch.size,
     }
+    if run.config.lte is not None:
+        by_process = gather_objects(run.runtime, (run.runtime.head.index, state.own()))
+        plain["heads"] = {str(head): own for head, own in reversed(by_process)}
     run.saver.save(state.step, held, plain, best=state.best_checkpoint)
     note_published(run)
 
@@ -64,17 +69,19 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
     Raises:
         ConfigError: its tensors are not this model's.
     """
-    store, stored = run.engine.store, checkpoint.names("model")
+    store, wanted = run.engine.store, set(_held(run)["model"])
+    stored = {name for name in checkpoint.names("model") if is_shared(name) or name in wanted}
     begins = run.conversion is not None and not any(name.endswith(".down") for name in stored)
-    wanted = set(store.held()["model"])
     if begins:
         wanted = {name for name in wanted if not name.endswith((".down", ".up", ".extra_bits"))}
-    for name in sorted(wanted ^ set(stored)):
+    for name in sorted(wanted ^ stored):
         side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
         raise ConfigError(f"{checkpoint.folder} is of another model: {side} {name}")
-    read = _reader(checkpoint)
+    read = _reader(checkpoint, run)
     store.load(_first_cycle(read, run.model) if begins else read)
     _set_generators(checkpoint, run)
+    if run.config.lte is not None:
+        run.state.take_own(checkpoint.state["heads"][str(run.runtime.head.index)])
     return begins
 
 
@@ -101,11 +108,30 @@ def adopt_start(run: Run, checkpoint: Checkpoint) -> None:
     on_main(run.runtime, adopt)
 
 
-def _reader(checkpoint: Checkpoint) -> Read:
+def _held(run: Run) -> Held:
+    """What this process holds of model and optimizer, under the names of checkpoints."""
+    return {
+        kind: {_stored_name(run, kind, name): part for name, part in named.items()}
+        for kind, named in run.engine.store.held().items()
+    }
+
+
+def _stored_name(run: Run, kind: str, name: str) -> str:
+    """Of LTE's heads each has factors and Adam state of its own; right after a sync the rest is equal on all."""
+    parameter, _, key = name.partition("/")
+    owner, _, leaf = parameter.rpartition(".")
+    factor = leaf in _FACTORS and run.conversion is not None and owner in run.conversion.low_rank
+    if run.config.lte is None or not (factor or (kind == "optimizer" and key != "master")):
+        return name
+    return of_head(run.runtime.head.index, name)
+
+
+def _reader(checkpoint: Checkpoint, run: Run) -> Read:
     names = {kind: set(checkpoint.names(kind)) for kind in ("model", "optimizer")}
 
     def read(kind: str, name: str, region: Region) -> Tensor | None:
-        return checkpoint.part(kind, name, region) if name in names[kind] else None
+        stored = _stored_name(run, kind, name)
+        return checkpoint.part(kind, stored, region) if stored in names[kind] else None
 
     return read
 
@@ -132,17 +158,17 @@ def _first_cycle(read: Read, model: nn.Module) -> Read:
 
 
 def _generators(runtime: Runtime) -> dict[str, tuple[Region, Tensor]]:
-    """States by the process's place on the data axis; the tensor axis draws alike."""
+    """States by the process's place among those with different sequences; the tensor axis draws alike."""
     states = {"cpu": torch.get_rng_state()}
     if runtime.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(runtime.device)
-    return {f"{runtime.data.index}/{name}": (whole(state), state) for name, state in states.items()}
+    return {f"{runtime.batch.index}/{name}": (whole(state), state) for name, state in states.items()}
 
 
 def _set_generators(checkpoint: Checkpoint, run: Run) -> None:
     """Go on with the draws of dropout; on another number of data processes, with new ones."""
     runtime = run.runtime
-    if checkpoint.state["data_processes"] != runtime.data.size:
+    if checkpoint.state["data_processes"] != runtime.batch.size:
         seed_dropout(run.config.run.seed, runtime, step=run.state.step)
         return
     setters: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
@@ -150,12 +176,12 @@ def _set_generators(checkpoint: Checkpoint, run: Run) -> None:
         setters["cuda"] = lambda state: torch.cuda.set_rng_state(state, runtime.device)
     stored = set(checkpoint.names("generators"))
     for name, set_state in setters.items():
-        key = f"{runtime.data.index}/{name}"
+        key = f"{runtime.batch.index}/{name}"
         if key in stored:
             set_state(checkpoint.whole("generators", key).clone())
 
 
 def seed_dropout(seed: int, runtime: Runtime, *, step: int = 0) -> None:
-    """Start the draws of dropout: the same on the tensor axis, others on each place of the data axis."""
-    first = step == 0 and runtime.data.index == 0
-    torch.manual_seed(seed if first else key_of(seed, "dropout", step, runtime.data.index) >> 1)
+    """Start the draws of dropout: the same on the tensor axis, others wherever the sequences are others."""
+    first = step == 0 and runtime.batch.index == 0
+    torch.manual_seed(seed if first else key_of(seed, "dropout", step, runtime.batch.index) >> 1)

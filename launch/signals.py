@@ -13,8 +13,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.asked = False
+        """Whether any process of this head was asked, as they learned with the last update."""
         self.agreed = False
-        """Whether any process was asked, as all of them learned with the last update."""
+        """Whether any process at all was, as all of them learned with the last update, or LTE's heads at a sync."""
 
     def __bool__(self) -> bool:
         return self.name is not None

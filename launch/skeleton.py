@@ -24,7 +24,6 @@ from parallel.tensor import split_model
 from relora.convert import Conversion, ConversionRow, low_rank_modules, planned_layers, prepare_base_
 from relora.errors import ConfigError
 from relora.optimizer import parameter_groups
-from relora.precision import MergePrecision
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -44,7 +43,7 @@ class Skeletons:
     def __init__(self, config: TrainConfig, hf_config: PretrainedConfig) -> None:
         if config.model.attention != "eager":  # other fused kernels keep the same, and may not be installed here
             config = replace(config, model=replace(config.model, attention="sdpa"))
-        self._low, self._full = config, replace(config, lora=None, relora=None)
+        self._low, self._full = config, replace(config, lora=None, relora=None, lte=None)
         self._hf_config = hf_config
         self._blocks = getattr(hf_config, "num_hidden_layers", None)
         self.alike = self._blocks is not None and self._blocks > 2 and self._repeats(self._blocks)
@@ -117,8 +116,7 @@ def _skeleton(
         phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor)
         model = phase.model
         split_model(model, imagined_axis(tensor), config.parallel.tensor_plan)
-        precision = config.relora.merge_precision if config.relora else MergePrecision.nearest
-        prepare_base_(model, config.torch_dtype, precision)
+        prepare_base_(model, config.torch_dtype, config.merge_precision)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         model.train()

@@ -19,8 +19,20 @@ from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.linear import LowRankLinear
 
+_HEADS = "heads/"
+
 SHARD_BYTES = 2 << 30
 """Largest size of a file of weights, unless a single tensor is larger; twice as much memory is needed."""
+
+
+def of_head(index: int, name: str) -> str:
+    """Name of a tensor that each of LTE's heads has for itself."""
+    return f"{_HEADS}{index}/{name}"
+
+
+def is_shared(name: str) -> bool:
+    """Whether a stored tensor is no single head's."""
+    return not name.startswith(_HEADS)
 
 
 class Snapshot:
@@ -36,7 +48,10 @@ class Snapshot:
         """
         self._checkpoint = checkpoint
         self._lora = lora
-        self._stored, self._optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
+        stored, optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
+        self._stored, self._optimized = set(filter(is_shared, stored)), set(filter(is_shared, optimized))
+        self._heads = self._stored != stored
+        self._own = {name for name in optimized if name.startswith(of_head(0, ""))}
         with torch.device("meta"):
             self.skeleton: nn.Module = AutoModelForCausalLM.from_config(hf_config)
         self._plain = self.skeleton.state_dict(keep_vars=True)
@@ -45,14 +60,16 @@ class Snapshot:
         self.names = [name for name in self._plain if self._first_name[name] == name]
         """Every tensor once; of tied ones, the first."""
         owners = [name.removesuffix(".weight") for name in self.names]
-        self.layers = [owner for owner in owners if {f"{owner}.down", f"{owner}.up"} <= self._stored]
+        factors = {name: {self._factor(f"{name}.down"), self._factor(f"{name}.up")} for name in owners}
+        self.layers = [name for name in owners if factors[name] <= stored]
         """Low-rank modules; none at full rank, as in a warm start."""
         self._check()
 
     @property
     def trained(self) -> list[str]:
         """Dense parameters that have been updated."""
-        return [name for name in self.names if f"{name}/step" in self._optimized]
+        steps = self._optimized | {name.removeprefix(of_head(0, "")) for name in self._own}
+        return [name for name in self.names if f"{name}/step" in steps]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
@@ -69,10 +86,20 @@ class Snapshot:
         """The smaller dimension of a layer's weight."""
         return int(min(self._plain[f"{layer}.weight"].shape))
 
+    def _factor(self, name: str) -> str:
+        return of_head(0, name) if self._heads else name
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """`down` and `up`; after a sync of LTE, whose change W has taken up, the first head's `down` and no `up`."""
+        if not self._heads:
+            return self.tensor(f"{layer}.down"), self.tensor(f"{layer}.up")
+        down, up = (self._checkpoint.whole("model", of_head(0, f"{layer}.{leaf}")) for leaf in ("down", "up"))
+        return down, torch.zeros_like(up)
+
     def layer(self, name: str) -> LowRankLinear:
         """A low-rank layer, without its bias."""
         assert self._lora is not None
-        down, up = self.tensor(f"{name}.down"), self.tensor(f"{name}.up")
+        down, up = self.factors(name)
         layer = LowRankLinear(
             nn.Parameter(self.tensor(f"{name}.weight"), requires_grad=False),
             None,

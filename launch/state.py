@@ -18,6 +18,10 @@ class RunState:
     """Sequences consumed: the whole state of the data."""
     restarts: int = 0
     """Finished restarts; the next one has this index plus one."""
+    syncs: int = 0
+    """Finished syncs of LTE."""
+    bytes_sent: int = 0
+    """What one head has sent to the others."""
     skipped: list[int] = field(default_factory=list)
     """Steps whose update was refused."""
     losses: list[float] = field(default_factory=list)
@@ -51,6 +55,15 @@ class RunState:
             return
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_checkpoint = self.val_loss, checkpoint
+
+    def own(self) -> dict[str, Any]:
+        """What differs between LTE's heads."""
+        return {name: getattr(self, name) for name in ("skipped", "losses", "grad_norms", "train_loss")}
+
+    def take_own(self, values: dict[str, Any]) -> None:
+        """Take over what `own` gave."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

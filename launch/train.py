@@ -38,11 +38,13 @@ from launch.usage import asks_for_help, train_help
 from launch.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
+from parallel.exchange import HeadExchange
 from parallel.launchers import own_words
 from parallel.runtime import Runtime, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.errors import ConfigError
+from relora.lte import bounded_layers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def run_command(config: TrainConfig) -> int:
     """
     limits = config.parallel
     with (
-        start(tensor=limits.tensor, timeout_seconds=limits.timeout_seconds) as runtime,
+        start(tensor=limits.tensor, heads=config.heads, timeout_seconds=limits.timeout_seconds) as runtime,
         watched(runtime, explain=exits.explain, silence_seconds=limits.silence_seconds),
         listening() as stop,
     ):
@@ -95,7 +97,9 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     if resume:
         _check_data(folder, data)
     tensor = runtime.tensor.size
-    phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor)
+    head = runtime.head.index
+    phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, head=head)
+    bounded = [] if config.lte is None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=runtime.mesh)
     on_main(runtime, lambda: folder.begin(config, here, step=state.step))
     if resume is None and config.run.save_start and phase.conversion is not None:
@@ -118,8 +122,15 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
+        heads=None if config.lte is None else HeadExchange(runtime, config.lte.exchange),
     )
     _introduce(run)
+    if bounded:
+        run.watch.say(
+            f"warning: with lte.reset=none the update of {len(bounded)} layers, {bounded[0]} among them, never reaches "
+            f"full rank: their smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or "
+            "choose lte.reset=factors"
+        )
     if phase.adapter is not None:
         run.watch.say(f"lora.init_from: {phase.adapter}")
     if resume is None:
@@ -188,7 +199,8 @@ def finish(run: Run) -> dict[str, Any]:
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         # The last cycle's delta is in it, which final/ folds in.
         weight_of = run.engine.store.whole_weight
-        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=state.restarts + 1)
+        merges = state.restarts + state.syncs + 1
+        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=merges)
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)
@@ -203,8 +215,8 @@ def finish(run: Run) -> dict[str, Any]:
         "val_loss": val_loss,
         "val_perplexity": math.exp(min(val_loss, 700.0)),
         "restarts": state.restarts,
-        "syncs": 0,
-        "bytes_sent": 0,
+        "syncs": state.syncs,
+        "bytes_sent": state.bytes_sent,
         "skipped": len(state.skipped),
         "tokens_per_second": round(state.tokens / seconds, 1) if seconds else None,
         "peak_memory_bytes": max(gather_objects(run.runtime, state.peak_memory_bytes)),

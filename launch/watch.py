@@ -46,6 +46,7 @@ class Watch:
         cycle: int | None,
         tokens: int,
         seconds: float,
+        head: int | None = None,
     ) -> None:
         """Record one update, if its turn has come."""
         self._seconds += seconds
@@ -61,8 +62,7 @@ class Watch:
             "tokens_per_second": round(self._tokens / max(self._seconds, 1e-9), 1),
             "memory_bytes": memory_bytes(self.device),
         }
-        if cycle is not None:
-            record["cycle"] = cycle
+        record |= {key: value for key, value in (("cycle", cycle), ("head", head)) if value is not None}
         if self.flops_per_step:
             record["flops_per_second"] = round(self.flops_per_step * self._steps / max(self._seconds, 1e-9))
             if self.peak_flops:

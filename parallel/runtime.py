@@ -20,6 +20,7 @@ from parallel.mesh import Mesh, Place, mesh_of
 from parallel.rendezvous import with_address
 from relora.errors import ConfigError
 
+_AXES = (("data",), ("tensor",), ("data", "tensor"), ("head",), ("head", "data"))
 DEFAULT_TIMEOUT = 600.0
 """Seconds that a collective may take before the run ends."""
 
@@ -50,6 +51,10 @@ class Runtime:
     """Processes that hold the other parts of the same model."""
     model: Axis = Axis(1, 0, None, (0,))
     """All processes of this head: data x tensor."""
+    head: Axis = Axis(1, 0, None, (0,))
+    """This process's counterparts: those that hold the same part of the model for the other heads."""
+    batch: Axis = Axis(1, 0, None, (0,))
+    """Processes that train on different sequences: the data axes of all heads, one head after the other."""
     control: dist.ProcessGroup | None = None
     """All processes, over gloo on any device: small objects and agreements."""
 
@@ -148,6 +153,8 @@ def _on_mesh(process_rank: int, mesh: Mesh, timeout_seconds: float) -> Runtime:
         data=axis("data"),
         tensor=axis("tensor"),
         model=axis("data", "tensor"),
+        head=axis("head"),
+        batch=axis("head", "data"),
         control=groups.get(()),
     )
 
@@ -155,7 +162,7 @@ def _on_mesh(process_rank: int, mesh: Mesh, timeout_seconds: float) -> Runtime:
 @cache
 def _groups(mesh: Mesh, timeout_seconds: float) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """Groups of more than one process by their members, and the control group as (); made by all processes alike."""
-    wanted = [ranks for axes in (("data",), ("tensor",), ("data", "tensor")) for ranks in mesh.groups(*axes)]
+    wanted = [ranks for axes in _AXES for ranks in mesh.groups(*axes)]
     distinct = dict.fromkeys(tuple(ranks) for ranks in wanted if len(ranks) > 1)
     limit = timedelta(seconds=timeout_seconds)  # a new group does not take over the first one's
     made = {ranks: dist.new_group(list(ranks), timeout=limit) for ranks in distinct}

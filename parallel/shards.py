@@ -6,7 +6,7 @@ checkpoints address parameters by identity or name and never see the difference.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -56,6 +56,8 @@ class Shards:
         self._places = places
         self._runtime = runtime
         self._spread = spread
+        self.masters_alike = not spread
+        """Whether all processes of the data axis hold the same masters."""
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._cut = set(regions)
         self._regions = {name: regions.get(name) or Region(_shape(one)) for one, name in self._names.items()}
@@ -78,16 +80,8 @@ class Shards:
         pair = (layer.down, layer.up)
         if all(self._is_live(parameter) for parameter in pair):
             return layer.down.detach().float(), layer.up.detach().float()
-        shapes = [self._region(parameter).cut_shape for parameter in pair]
-        sizes = [shape[0] * shape[1] for shape in shapes]
-        flat = torch.zeros(sum(sizes), device=self._runtime.device)
-        for parameter, target in zip(pair, flat.split(sizes), strict=True):
-            place = self._places[parameter]
-            target[place.start : place.start + place.count] = place.of(place.owner.detach())
-        if self._spread:
-            sum_over(self._runtime.data, flat)
-        down, up = flat.split(sizes)
-        return down.view(shapes[0]), up.view(shapes[1])
+        down, up = self._gathered(pair)
+        return down.view(self._region(layer.down).cut_shape), up.view(self._region(layer.up).cut_shape)
 
     def base(self, layer: LowRankLinear) -> BasePart:
         """This process's part of a layer's base weight."""
@@ -141,6 +135,29 @@ class Shards:
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all processes of the head."""
         return sum_over(self._runtime.model, sums.to(self._runtime.device)).cpu()
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """A live view of this process's part of the master, flat."""
+        place = self._places[parameter]
+        return place.of(place.owner.detach())
+
+    @torch.no_grad()
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Bring the copies that the next forward pass uses up to their edited masters."""
+        edited = [parameter for parameter in parameters if self.has_master(parameter)]
+        for parameter, flat in zip(edited, self._gathered(edited), strict=True):
+            self._write_live(parameter, flat)
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Masters gathered over the data axis, flat, as far as tensor parallelism leaves them here."""
+        sizes = [math.prod(self._region(parameter).cut_shape) for parameter in parameters]
+        flat = torch.zeros(sum(sizes), device=self._runtime.device)
+        for parameter, target in zip(parameters, flat.split(sizes), strict=True):
+            place = self._places[parameter]
+            target[place.start : place.start + place.count] = place.of(place.owner.detach())
+        if self._spread:
+            sum_over(self._runtime.data, flat)
+        return list(flat.split(sizes))
 
     # ---- for measurements
 

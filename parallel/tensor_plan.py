@@ -135,6 +135,8 @@ def tensor_regions(model: nn.Module, plan: Mapping[str, Style], *, size: int, in
             regions[name] = Region(shape, dim, _ranges(shape[dim], style, size, index))
             if leaf == "weight" and isinstance(module, LowRankLinear):
                 regions[f"{owner}.extra_bits"] = regions[name]
+            if getattr(module, f"synced_{leaf}", None) is not None:
+                regions[f"{owner}.synced_{leaf}"] = regions[name]
     return regions
 
 

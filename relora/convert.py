@@ -215,7 +215,7 @@ def merged_state_dict(
     for key, live in model.state_dict(keep_vars=True).items():
         owner, _, leaf = key.rpartition(".")
         layer = layers.get(owner)
-        if layer is not None and leaf in ("down", "up", "extra_bits"):
+        if layer is not None and leaf in ("down", "up", "extra_bits", "synced_down", "synced_up"):
             continue
         if id(live) not in done:
             if layer is not None and leaf == "weight":

@@ -1,13 +1,13 @@
 """A linear layer whose frozen weight is trained through two small factors.
 
 y = x W' + b + scaling * (x down') up'. The weight keeps its name, its orientation and its Parameter object,
-so state dictionaries keep their Hugging Face names. When to merge: see relora/restart.py.
+so state dictionaries keep their Hugging Face names. When to merge: see relora/restart.py and relora/lte.py.
 Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transformers' Conv1D has W as (in, out).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,8 @@ class LowRankLinear(nn.Module):
     down: nn.Parameter
     up: nn.Parameter
     extra_bits: Tensor | None
+    synced_down: Tensor | None
+    synced_up: Tensor | None
 
     def __init__(
         self,
@@ -69,6 +71,8 @@ class LowRankLinear(nn.Module):
         self.down = nn.Parameter(down.to(weight))
         self.up = nn.Parameter(weight.new_zeros(self.out_features, adapter_rank))
         self.register_buffer("extra_bits", None)
+        self.register_buffer("synced_down", None)
+        self.register_buffer("synced_up", None)
 
     @classmethod
     def from_module(
@@ -100,10 +104,28 @@ class LowRankLinear(nn.Module):
 
     def update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Return what the factors add to the output."""
+        down, up = self.change(down, up)
         if self.training and self.dropout_probability:
             x = F.dropout(x, self.dropout_probability)
         # Scaling between the factors touches adapter_rank values a token instead of out_features.
         return F.linear(F.linear(x, down) * self.scaling, up)
+
+    def change(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.
+
+        These themselves; where LTE keeps those of the last sync, which the base weight has taken up already, both side
+        by side, so that their product is up @ down - synced_up @ synced_down.
+        Shapes: (k, in), (out, k), with k once or twice the adapter rank.
+        """
+        if self.synced_down is None or self.synced_up is None:
+            return down, up
+        return torch.cat([down, self.synced_down.to(down)]), torch.cat([up, -self.synced_up.to(up)], dim=1)
+
+    @torch.no_grad()
+    def keep_synced_(self) -> None:
+        """Make room for the factors of the last sync; they are zero, since there was none yet."""
+        self.synced_down = torch.zeros_like(self.down, dtype=torch.float32, requires_grad=False)
+        self.synced_up = torch.zeros_like(self.up, dtype=torch.float32, requires_grad=False)
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -159,16 +181,35 @@ class LowRankLinear(nn.Module):
         Of a base weight that lies elsewhere in parts, only the given part is touched, and only its delta is formed.
         """
         part = self.whole_base() if part is None else part
-        device = part.weight.device
-        down, up = (factor.to(device) for factor in self._factors(down, up))
+        return self.add_product_(precision, *self._factors(down, up), key, part)
+
+    @torch.no_grad()
+    def add_product_(self, precision: MergePrecision, down: Tensor, up: Tensor, key: int | None, part: BasePart) -> int:
+        """Add scaling * up @ down to a part of the base weight, for factors of any rank; return the entries changed."""
+        return _add_blocks_(self._product_blocks(down, up, part), precision, key, part)
+
+    @torch.no_grad()
+    def add_part_(self, precision: MergePrecision, delta: Tensor, key: int | None, part: BasePart) -> int:
+        """Add an update to a part of the base weight; return the entries changed."""
+        starts = range(0, delta.numel(), _BLOCK_ENTRIES)
+        places = (slice(start, min(start + _BLOCK_ENTRIES, delta.numel())) for start in starts)
+        return _add_blocks_(((inside, delta[inside]) for inside in places), precision, key, part)
+
+    @torch.no_grad()
+    def product_part(self, down: Tensor, up: Tensor, part: BasePart) -> Tensor:
+        """Return scaling * up @ down in float32, where a part of the base weight is, flat."""
+        delta = torch.empty(part.weight.numel(), device=part.weight.device)
+        for inside, block in self._product_blocks(down, up, part):
+            delta[inside] = block
+        return delta
+
+    def _product_blocks(self, down: Tensor, up: Tensor, part: BasePart) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a product where a part of the base weight is, block by block."""
+        down, up = (factor.to(part.weight.device) for factor in (down, up))
         left, right = (down.t(), up.t()) if self.transposed else (up, down)
-        width = right.shape[1]
-        changed = torch.zeros((), dtype=torch.int64, device=device)
-        for rows, inside, skipped in _row_blocks(part.start, part.weight.numel(), width):
-            delta = _product(left[rows], right, self.scaling).view(-1)[skipped:][: inside.stop - inside.start]
-            bits = None if part.extra_bits is None else part.extra_bits[inside]
-            changed += add_(part.weight[inside], bits, delta, precision, key, part.start + inside.start)
-        return int(changed)
+        for rows, inside, skipped in _row_blocks(part.start, part.weight.numel(), right.shape[1]):
+            delta = _product(left[rows], right, self.scaling).view(-1)
+            yield inside, delta[skipped:][: inside.stop - inside.start]
 
     def whole_base(self) -> BasePart:
         """Return the base weight as its own only part."""
@@ -176,9 +217,19 @@ class LowRankLinear(nn.Module):
         return BasePart(weight=self.weight.data.view(-1), extra_bits=None if bits is None else bits.view(-1))
 
     def _factors(self, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the given factors or the live ones, on the weight's device."""
-        device = self.weight.device
-        return (self.down if down is None else down).to(device), (self.up if up is None else up).to(device)
+        """Return the change by the given factors or the live ones, on the weight's device."""
+        down, up = self.change(self.down if down is None else down, self.up if up is None else up)
+        return down.to(self.weight.device), up.to(self.weight.device)
+
+
+def _add_blocks_(
+    blocks: Iterable[tuple[slice, Tensor]], precision: MergePrecision, key: int | None, part: BasePart
+) -> int:
+    changed = torch.zeros((), dtype=torch.int64, device=part.weight.device)
+    for inside, delta in blocks:
+        bits = None if part.extra_bits is None else part.extra_bits[inside]
+        changed += add_(part.weight[inside], bits, delta, precision, key, part.start + inside.start)
+    return int(changed)
 
 
 def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +91,9 @@ class ParameterStore(Protocol):
     A "whole" value has the shape that it has in the plain model in one process.
     """
 
+    masters_alike: bool
+    """Whether all processes that train on different sequences hold the same masters."""
+
     def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
         """Return the float32 values of down and up, in the shapes that the layer computes with."""
 
@@ -114,9 +118,17 @@ class ParameterStore(Protocol):
     def total(self, sums: Tensor) -> Tensor:
         """Add up sums over all processes that share the model."""
 
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return a live view of this process's part of the float32 master, flat."""
+
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Bring the copies that the next forward pass uses up to their edited masters."""
+
 
 class PlainStore:
     """The store of a torch Adam in one process, whose parameters are their own masters."""
+
+    masters_alike = True
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -156,6 +168,13 @@ class PlainStore:
     def total(self, sums: Tensor) -> Tensor:
         """Return the sums, which are this process's."""
         return sums
+
+    def master(self, parameter: nn.Parameter) -> Tensor:
+        """Return the parameter's own memory."""
+        return parameter.data.view(-1)
+
+    def publish(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Do nothing: parameters are their own masters."""
 
 
 def restart_due(config: ReloraConfig, step: int, total_steps: int) -> bool:

@@ -1,0 +1,197 @@
+"""Whole runs of LTE: what they leave, that they resume exactly, and what is refused."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch import exits, export, train
+from launch.config import load
+from launch.records import read_records
+
+HEADS = [
+    "lte=heads",
+    "lte.sync_every=4",
+    "lora.rank=4",
+    "evaluation.every=8",
+    "checkpoint.every=4",
+    "optimizer.eps=0.0001",
+    "lora.dropout=0.1",
+]
+
+
+def _train(_, overrides):
+    return train.main(overrides)
+
+
+@pytest.fixture
+def run(on_processes, tiny, tmp_path):
+    """Train in the folder `name` on so many processes; returns the exit code."""
+
+    def call(name, count, *overrides):
+        left = [word for word in tiny if not word.startswith(("run.dir", "relora.", "schedule.restart"))]
+        line = [*left, *HEADS, f"run.dir={tmp_path / name}", *overrides]
+        codes = set(on_processes(_train, count, line)) if count > 1 else {train.main(line)}
+        assert len(codes) == 1
+        return codes.pop()
+
+    return call
+
+
+def _records(folder, *events):
+    return [record for record in read_records(folder / "metrics.jsonl") if record.get("event") in (events or (None,))]
+
+
+def _told(folder):
+    """All that the arithmetic decides."""
+    steps = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["head"]) for r in _records(folder)]
+    kept = [{k: v for k, v in record.items() if k != "seconds"} for record in _records(folder, "sync", "evaluate")]
+    return steps, kept
+
+
+def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
+    assert run("run", 2, "training.steps=18", "training.dtype=bf16") == exits.DONE
+    folder = tmp_path / "run"
+    syncs = _records(folder, "sync")
+    assert [record["step"] for record in syncs] == [4, 8, 12, 16, 18], "every four steps, and after the last"
+    assert {record["head"] for record in _records(folder)} == {0}
+    for record in syncs:
+        assert len(record["losses"]) == len(record["delta_norms"]) == 2
+        assert record["loss"] == pytest.approx(sum(record["losses"]) / 2)
+        assert record["losses"][0] != record["losses"][1], "heads train on sequences of their own"
+        assert record["losses"][0] == _records(folder)[record["step"] - 1]["loss"]
+        assert -1 <= record["cosine_mean"] <= 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["syncs"], summary["bytes_sent"]) == (5, sum(record["bytes"] for record in syncs))
+    first, last = _records(folder, "evaluate")[0]["val_loss"], summary["val_loss"]
+    assert last < first - 0.3
+    final = _records(folder, "final")[0]
+    assert abs(final["merge_difference"]) < 2e-3, "the heads' factors are in the base weight already"
+    start, end = (load_file(folder / name / "model.safetensors") for name in ("start", "final"))
+    assert start.keys() == end.keys()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (2, ["lte.reset=none", "training.dtype=bf16"]),
+        (4, ["lte.reset=factors", "lte.adam=clear", "parallel=zero3", "lte.exchange=dense"]),
+        (4, ["lte.reset=none", "parallel=zero2", "parallel.tensor=2"]),
+    ],
+    ids=["plain-bf16", "zero3-dense", "zero2-tensor2"],
+)
+def test_a_run_resumed_at_a_sync_is_bitwise_the_same(run, tmp_path, count, words):
+    assert run("whole", count, *words) == exits.DONE
+    for stop in (4, 12):
+        assert run("parts", count, *words, f"training.stop_after={stop}") == exits.PREEMPTED
+    assert run("parts", count, *words) == exits.DONE
+    assert _told(tmp_path / "parts") == _told(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_heads_go_on_with_another_layout_inside(run, tmp_path):
+    still = ["lora.dropout=0", "lte.reset=none"]
+    assert run("whole", 2, *still) == exits.DONE
+    assert run("chain", 2, *still, "training.stop_after=4") == exits.PREEMPTED
+    assert run("chain", 4, *still, "parallel=zero3", "training.stop_after=12") == exits.PREEMPTED
+    assert run("chain", 4, *still, "parallel=zero2", "parallel.tensor=2") == exits.DONE
+    for ours, theirs in zip(_records(tmp_path / "chain"), _records(tmp_path / "whole"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_a_checkpoint_of_more_heads_is_refused_by_name(run, tmp_path, capsys):
+    assert run("two", 2, "training.steps=4", "run.save_final=false") == exits.DONE
+    checkpoint = tmp_path / "two/checkpoints/step_00000004"
+    assert run("one", 1, "lte.heads=1", f"checkpoint.resume={checkpoint}") == exits.REFUSED
+    assert "was made with lte.heads=2, this run has 1" in capsys.readouterr().err
+
+
+def test_one_head_is_a_run_of_one_process_whose_export_is_the_merged_model(run, tmp_path):
+    assert run("run", 1, "lte.heads=1", "lte.reset=factors", "training.steps=8") == exits.DONE
+    folder = tmp_path / "run"
+    words = [f"run.dir={folder}", "export.to=model", f"export.out={tmp_path / 'out'}"]
+    assert export.main(words) == exits.DONE
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder / "final", tmp_path / "out"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [record["bytes"] for record in _records(folder, "sync")] == [0, 0]
+
+
+def _asked(runtime, overrides):
+    """As if the last process had got SIGTERM before its first step."""
+    from launch.signals import StopRequest
+
+    real = StopRequest.__bool__
+    StopRequest.__bool__ = lambda self: runtime.process_rank == runtime.world_size - 1
+    try:
+        return train.main(overrides)
+    finally:
+        StopRequest.__bool__ = real
+
+
+def test_a_stop_is_granted_at_the_next_sync(on_processes, tiny, tmp_path):
+    left = [word for word in tiny if not word.startswith(("run.dir", "relora.", "schedule.restart"))]
+    codes = on_processes(_asked, 2, [*left, *HEADS, f"run.dir={tmp_path / 'run'}"])
+    assert codes == [exits.PREEMPTED] * 2
+    assert len(_records(tmp_path / "run")) == 4
+    assert (tmp_path / "run/checkpoints/step_00000004").is_dir()
+
+
+def _diverging(runtime, overrides):
+    """The second head's guard objects to everything."""
+    from launch.guard import Guard
+
+    real, watched = Guard.objection, train.watched
+    train.watched = lambda *_, **__: nullcontext()  # it would end the process, and with it the pool
+    if runtime.process_rank == 1:
+        Guard.objection = lambda *_, **__: "loss is strange"
+    try:
+        return train.main(overrides)
+    finally:
+        Guard.objection, train.watched = real, watched
+
+
+def test_a_head_that_diverges_ends_the_run_on_all(on_processes, tiny, tmp_path):
+    left = [word for word in tiny if not word.startswith(("run.dir", "relora.", "schedule.restart"))]
+    words = [*left, *HEADS, f"run.dir={tmp_path / 'run'}", "training.max_skips=6"]
+    assert on_processes(_diverging, 2, words) == [exits.FAILED] * 2
+    assert len(_records(tmp_path / "run")) == 8, "six refusals, and on to the next sync"
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["evaluation.every=25"], "evaluation.every must be a multiple of lte.sync_every=10"),
+    (["checkpoint.every=15"], "checkpoint.every must be a multiple of lte.sync_every=10"),
+    (["training.stop_after=5"], "training.stop_after must be a multiple of lte.sync_every=10"),
+    (["lte.sync_every=0"], "lte.sync_every must be at least 1, got 0"),
+    (["lte.heads=0"], "lte.heads must be at least 1, got 0"),
+    (["lte.adam=clear"], "lte.adam=clear has no effect with lte.reset=none"),
+    (["lte.merge_precision=nearest"], "lte.merge_precision=nearest has no effect with training.dtype=fp32"),
+    (["lora=none"], "lte needs low-rank layers"),
+    (["relora.every=5"], "relora"),
+    (["lora.init_from=somewhere"], "lora.init_from=somewhere must be null with lte"),
+    ([], "lte.heads=2 x parallel.tensor=1 must divide the number of processes, got 1"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(runtime, words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["lte=heads", *words]) == exits.REFUSED
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_restarts_do_not_go_with_heads(runtime):
+    assert load(["lte=heads"]).relora is None
+    with pytest.raises(ValueError, match="relora must be none with lte=heads"):
+        load(["lte=heads", "relora=relora", "+relora={every: 5}"])
+
+
+def test_a_rank_that_heads_cannot_fill_is_told(run, capsys):
+    assert run("bound", 1, "lte.heads=1", "training.steps=4", "run.save_final=false") == exits.DONE
+    assert "never reaches full rank" in capsys.readouterr().out
+    assert run("free", 1, "lte.heads=1", "training.steps=4", "lte.reset=factors") == exits.DONE
+    assert "never reaches full rank" not in capsys.readouterr().out
