@@ -10,7 +10,7 @@ from pathlib import Path
 
 def load(path: str):
     """A test module, from its file; once per process."""
-    name = "job_" + Path(path).stem
+    name = "job_" + "_".join(Path(path).with_suffix("").parts[-2:])  # files in two folders may have one name
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -171,7 +171,7 @@ def test_processes_with_different_configurations_are_refused_once_and_nothing_is
     assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize(("moment", "victim"), [("in a step", 2), ("in a save", 1), ("in a save", 0)])
+@pytest.mark.parametrize(("moment", "victim"), [("in a step", 2), ("in a save", 0)])
 def test_a_killed_process_ends_the_run_with_one_message_and_the_next_start_resumes(run, tiny, tmp_path, moment, victim):
     assert run("undisturbed", "zero3") == exits.DONE
     folder = tmp_path / "killed"
