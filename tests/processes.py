@@ -69,7 +69,8 @@ class Pool:
                     try:
                         worked, answer = pickle.load(key.fileobj)
                     except EOFError as error:
-                        raise AssertionError(f"process {key.data} died in {function.__name__}") from error
+                        code = self.processes[key.data].wait(10.0)
+                        raise AssertionError(f"process {key.data} died in {function.__name__}: code {code}") from error
                     if not worked:
                         raise AssertionError(f"process {key.data} failed in {function.__name__}:\n{answer}")
                     answers[key.data] = answer

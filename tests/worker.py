@@ -1,5 +1,6 @@
 """One process of a pool that tests run functions on: joins the group, then takes jobs from a pipe until it closes."""
 
+import faulthandler
 import importlib.util
 import os
 import pickle
@@ -20,6 +21,7 @@ def load(path: str):
 
 def main() -> None:
     """Serve jobs: (file, function, arguments) in, (whether it worked, result or traceback) out."""
+    faulthandler.enable()
     jobs, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     from parallel.runtime import start
