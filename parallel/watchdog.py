@@ -124,13 +124,18 @@ class Watchdog:
     ) -> None:
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
             self._fail(error)
-        for line in list(self._lines.values()):
-            line.send(finished=True)
-        if self._rank != 0:  # a launcher ends all processes soon after the first: let it be the main one, which writes
+        if self._rank != 0:
+            for line in list(self._lines.values()):
+                line.send(finished=True)
+            # A launcher ends all processes soon after the first: let it be the main one, which writes.
             self._main_finished.wait()
         self._closing = True
         self._ring.send(b".")
         self._thread.join()
+        if self._rank == 0:  # no longer watched: whoever hears this first hangs up, with no word of its own left to say
+            for line in self._lines.values():
+                line.send(finished=True)
+            self._let_read(time.monotonic() + 1.0)
         for line in self._lines.values():
             line.socket.close()
         self._selector.close()
@@ -263,4 +268,6 @@ class Watchdog:
         return f"process {process} of {len(self._hosts)} on {self._hosts[process]}"
 
     def _hang_up(self, peer: int) -> None:
-        self._selector.unregister(self._lines.pop(peer).socket)
+        line = self._lines.pop(peer)
+        self._selector.unregister(line.socket)
+        line.socket.close()

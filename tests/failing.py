@@ -17,6 +17,7 @@ import torch
 
 from launch import exits
 from parallel.collectives import gather_objects, sum_over
+from parallel.lines import Line
 from parallel.runtime import start
 from parallel.watchdog import watched
 from relora.errors import ConfigError
@@ -41,6 +42,18 @@ def misbehave(what: str, number: int) -> None:
         os.kill(number, signal.SIGKILL)
 
 
+def say_goodbye_slowly() -> None:
+    """Let the others hang up long before the main process has told them all that it is done."""
+    at_once = Line.send
+
+    def send(line: Line, **message: object) -> None:
+        at_once(line, **message)
+        if "finished" in message:
+            time.sleep(0.2)
+
+    Line.send = send
+
+
 def run(what: str, who: int, parent: int) -> int:
     """A run of a few sums."""
     with start(timeout_seconds=TIMEOUT) as runtime, watched(runtime, explain=exits.explain, silence_seconds=SILENCE):
@@ -54,6 +67,11 @@ def run(what: str, who: int, parent: int) -> int:
         for _ in range(1000 if what == "orphan" else 3):
             sum_over(runtime.model, torch.ones(1000))
             time.sleep(0.01)
+        if what == "main leaves first":
+            if runtime.is_main:
+                say_goodbye_slowly()
+            else:
+                time.sleep(0.2)
         if runtime.is_main and what in ("writes last", "fails last"):
             time.sleep(2 * SILENCE)
             print("written", time.monotonic(), flush=True)

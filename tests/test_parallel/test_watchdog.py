@@ -46,6 +46,12 @@ def test_a_run_without_failure_ends_as_if_unwatched(play):
     assert reports(result) == []
 
 
+def test_processes_that_leave_after_the_main_one_are_not_taken_for_dead(play):
+    result = play("main leaves first")
+    assert result["codes"] == [0, 0, 0]
+    assert reports(result) == []
+
+
 @pytest.mark.parametrize("what", ["alike", "terminated"])
 def test_what_is_wrong_on_all_is_said_once_by_the_main_process(play, what):
     result = play(what)
