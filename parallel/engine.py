@@ -272,11 +272,9 @@ def _alone(rank: int) -> dist.ProcessGroup:
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
     """Bring all buffers to the device but extra bits, which are as large as weights and are cut first."""
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not isinstance(module, LowRankLinear):
-                module.register_buffer(
-                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
-                )
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not (isinstance(module, LowRankLinear) and name == "extra_bits"):
+                setattr(module, name, buffer.to(device))
 
 
 def _initialize(

@@ -31,7 +31,7 @@ class ParallelConfig:
     tensor: int = 1
     """Degree of tensor parallelism; what it leaves of the processes is the data axis."""
     tensor_plan: Any = None
-    """Module name pattern -> column, row, vocabulary or replicate; null: what is known of the model's family."""
+    """Module name pattern -> column, packed, row, vocabulary, summed or replicate; on top of the family's own plan."""
     offload: Offload = Offload.none
     """none, optimizer (masters and moments in host memory) or all (stage 3: weights, too)."""
     deepspeed: Any = None
