@@ -1,6 +1,6 @@
 """The next-token loss: of one update in microbatches, and of the validation sequences."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from continual.data import Batch, Validation
 from parallel.collectives import sum_over
 from parallel.engine import Engine
+from parallel.hosted import HostedEngine
 from parallel.runtime import Axis
-from parallel.vocabulary import summed_cross_entropy
+from parallel.vocabulary import IGNORED, summed_cross_entropy
+from relora.hosted import heads_in
 
 ALONE = Axis(1, 0, None, (0,))
 """The data axis of one process."""
@@ -19,38 +21,67 @@ ALONE = Axis(1, 0, None, (0,))
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device, run: Callable[..., Any] | None = None) -> Tensor:
     """Cross-entropy summed over the batch's targets, in nats.
 
-    Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
-
     Args:
         run: what computes the model's output; None: the model itself.
     """
+    return head_losses(model, batch, device, run)[0]
+
+
+def head_losses(
+    model: nn.Module, batch: Batch, device: torch.device, run: Callable[..., Any] | None = None, *, heads: int = 1
+) -> list[Tensor]:
+    """The same for each of so many equal runs of the batch's sequences, as LTE's heads in one process have them.
+
+    Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
+    """
     here = batch.to(device)
     output = (run or model)(input_ids=here.input_ids, position_ids=here.position_ids, use_cache=False)
-    return summed_cross_entropy(model, output.logits[:, :-1].flatten(0, 1), here.labels[:, 1:].flatten())
+    pairs = zip(output.logits[:, :-1].chunk(heads), here.labels[:, 1:].chunk(heads), strict=True)
+    return [summed_cross_entropy(model, logits.flatten(0, 1), labels.flatten()) for logits, labels in pairs]
 
 
-def accumulate(engine: Engine, batch: Batch, *, targets: int, microbatch_size: int, device: torch.device) -> Tensor:
-    """Forward and backward of this process's share of one update; returns its part of the mean loss.
+def accumulate(
+    engine: Engine | HostedEngine, batch: Batch, *, targets: Sequence[int], microbatch_size: int, device: torch.device
+) -> Tensor:
+    """Forward and backward of this process's share of one update; returns its part of each head's mean loss.
 
     Each microbatch counts by its targets, so that the split into microbatches does not change the result.
 
     Args:
-        targets: of the whole global batch.
+        targets: of the whole batch of each head that this process hosts.
+        microbatch_size: sequences of a head.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in microbatches(batch, microbatch_size):
-        loss = summed_loss(engine.model, part, device, engine) / targets
-        engine.backward(loss)
-        total += loss.detach()
+    total = torch.zeros(len(targets), dtype=torch.float64, device=device)
+    for part in microbatches(batch, microbatch_size, heads=len(targets)):
+        sums = head_losses(engine.model, part, device, engine, heads=len(targets))
+        losses = torch.stack([one / count for one, count in zip(sums, targets, strict=True)])
+        engine.backward(losses.sum())
+        total += losses.detach()
     return total
 
 
-def microbatches(batch: Batch, size: int) -> Iterator[Batch]:
-    """The batch in parts of `size` sequences."""
-    for start in range(0, len(batch.input_ids), size):
-        rows = slice(start, start + size)
-        places = None if batch.position_ids is None else batch.position_ids[rows]
-        yield Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
+def microbatches(batch: Batch, size: int, *, heads: int = 1) -> Iterator[Batch]:
+    """The batch in parts of `size` sequences of each of so many equal runs."""
+    share = len(batch.input_ids) // heads
+    for start in range(0, share, size):
+        rows = torch.arange(len(batch.input_ids)).view(heads, share)[:, start : start + size].flatten()
+        yield _rows(batch, rows)
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    places = None if batch.position_ids is None else batch.position_ids[rows]
+    return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
+
+
+def filled(batch: Batch, multiple: int) -> Batch:
+    """The batch with as many sequences as LTE's heads in one process can share evenly; new ones have no targets."""
+    count = len(batch.input_ids)
+    missing = -count % multiple
+    if not missing:
+        return batch
+    more = _rows(batch, torch.arange(count + missing).clamp(max=count - 1))
+    more.labels[count:] = IGNORED
+    return more
 
 
 def validation_batches(validation: Validation, *, sequences: int | None, size: int) -> Iterator[Batch]:
@@ -71,7 +102,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
     for mine, counts in _turns(batches, axis):
-        loss = summed_loss(model, mine, device)
+        loss = summed_loss(model, filled(mine, heads_in(model)), device)
         if counts:
             sums += torch.stack([loss.double(), loss.new_tensor(mine.targets, dtype=torch.float64)])
     model.train(was_training)

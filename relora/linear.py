@@ -46,6 +46,8 @@ class LowRankLinear(nn.Module):
     extra_bits: Tensor | None
     synced_down: Tensor | None
     synced_up: Tensor | None
+    hosted: int = 1
+    """Heads of LTE whose factors it holds."""
 
     def __init__(
         self,
@@ -107,6 +109,9 @@ class LowRankLinear(nn.Module):
         down, up = self.change(down, up)
         if self.training and self.dropout_probability:
             x = F.dropout(x, self.dropout_probability)
+        return self._apply_factors(x, down, up)
+
+    def _apply_factors(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # Scaling between the factors touches adapter_rank values a token instead of out_features.
         return F.linear(F.linear(x, down) * self.scaling, up)
 
@@ -115,11 +120,11 @@ class LowRankLinear(nn.Module):
 
         These themselves; where LTE keeps those of the last sync, which the base weight has taken up already, both side
         by side, so that their product is up @ down - synced_up @ synced_down.
-        Shapes: (k, in), (out, k), with k once or twice the adapter rank.
+        Shapes: (..., k, in), (..., out, k), with k once or twice the adapter rank.
         """
         if self.synced_down is None or self.synced_up is None:
             return down, up
-        return torch.cat([down, self.synced_down.to(down)]), torch.cat([up, -self.synced_up.to(up)], dim=1)
+        return torch.cat([down, self.synced_down.to(down)], dim=-2), torch.cat([up, -self.synced_up.to(up)], dim=-1)
 
     @torch.no_grad()
     def keep_synced_(self) -> None:
