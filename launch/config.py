@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from continual.data import DataConfig
-from launch.head_rules import check_lte
+from launch.head_rules import check_hosted, check_lte
 from launch.model import ModelConfig
 from launch.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
@@ -281,7 +281,10 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     Raises:
         ConfigError: the global batch cannot be shared, or a setting would have no effect.
     """
-    config.training.microbatch(mesh.heads * mesh.data)
+    hosted = config.heads // mesh.heads
+    config.training.microbatch(mesh.heads * mesh.data * hosted)
+    if hosted > 1:
+        check_hosted(config, hosted)
 
 
 def load(overrides: Sequence[str]) -> TrainConfig:

@@ -68,6 +68,11 @@ def microbatches(batch: Batch, size: int, *, heads: int = 1) -> Iterator[Batch]:
         yield _rows(batch, rows)
 
 
+def apart(batch: Batch, heads: int) -> list[Batch]:
+    """The batch as so many equal runs of sequences."""
+    return [_rows(batch, rows) for rows in torch.arange(len(batch.input_ids)).chunk(heads)]
+
+
 def _rows(batch: Batch, rows: Tensor) -> Batch:
     places = None if batch.position_ids is None else batch.position_ids[rows]
     return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)

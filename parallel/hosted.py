@@ -145,12 +145,12 @@ class HostedShards(Shards):
             f"{name}.{key}" for name in low_rank_modules(model) for key in ("synced_down", "synced_up")
         }
 
-    def held(self, place: int = 0) -> Held:
+    def held(self, hosted: int = 0) -> Held:
         """Everything that a checkpoint of one of the heads must keep, in the shapes that a model for it alone has."""
         stacked = super().held()
         return {
             kind: {
-                name: (whole_region(part[place]), part[place])
+                name: (whole_region(part[hosted]), part[hosted])
                 if kind == "optimizer" or name in self._own
                 else (region, part)
                 for name, (region, part) in named.items()
