@@ -11,7 +11,8 @@ from launch.guard import TrainingDiverged
 from launch.run import Run
 from launch.state import RunState
 from parallel.exchange import HeadExchange
-from relora.lte import Exchange, HeadWeight
+from relora.dense import DenseGradients
+from relora.lte import DenseSync, Exchange, HeadWeight
 from relora.sync import HeadSync, SyncReport
 
 
@@ -21,11 +22,14 @@ def begin_heads(run: Run) -> None:
     if config.lte is None or run.state.step < config.warm_start_steps:
         return
     run.state.learned = run.state.learned or [0.0] * config.lte.fragments
+    heads = HeadExchange(run.runtime, config.lte)
+    if config.lte.dense == DenseSync.all_reduced:
+        run.engine.share_dense(DenseGradients(heads, alike=run.engine.store.masters_alike))
     run.sync = HeadSync(
         run.model,
         config.lte,
         run.engine.store,
-        HeadExchange(run.runtime, config.lte),
+        heads,
         seed=config.run.seed,
         scale=config.lora.scale if config.lora is not None else float,
     )
