@@ -6,13 +6,14 @@ partitioned or exchanged here, so it needs no DeepSpeed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parallel.engine import Groups, StepResult
+from parallel.engine import Groups, SharedGradients, StepResult
 from parallel.places import Place
 from parallel.regions import whole as whole_region
 from parallel.runtime import Runtime
@@ -42,6 +43,8 @@ class HostedEngine:
         """How many it hosts."""
         self._max_grad_norm = max_grad_norm
         self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._dense = [one for group in groups if group["name"].startswith("dense") for one in group["params"]]
+        self._shared: SharedGradients | None = None
         self._masters = {one: _master(one) for one in self._trained}
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._hooks = [one.register_post_accumulate_grad_hook(self._keep) for one in self._trained]
@@ -50,6 +53,10 @@ class HostedEngine:
         apart = [{**group, "params": [own for one in group["params"] for own in slices[one]]} for group in groups]
         self._optimizer = torch.optim.AdamW(apart, betas=betas, eps=eps, fused=True)
         self.store = HostedShards(model, self._masters, self._make_state(slices), runtime)
+
+    def share_dense(self, shared: SharedGradients) -> None:
+        """Average the gradients of dense parameters with the other heads', clipped, in each update."""
+        self._shared = shared
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for one microbatch, head after head."""
@@ -69,6 +76,11 @@ class HostedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         results = [self._prepare(place, admit) for place, admit in enumerate(admits)]
+        if self._shared is not None:
+            results = self._with_the_others(self._shared, results)
+        for own, result in zip(self._slices, results, strict=True):
+            for one in own.values() if result.refused is not None else ():
+                one.grad = None  # the optimizer leaves it as it is
         self._optimizer.step()
         for parameter, master in self._masters.items():
             if parameter.dtype != master.dtype:
@@ -85,7 +97,7 @@ class HostedEngine:
             hook.remove()
 
     def _prepare(self, place: int, admit: Admit) -> StepResult:
-        """Give a head's slices their clipped gradients, or none: then the optimizer leaves them as they are."""
+        """Give a head's slices their gradients, clipped if it may update."""
         own = self._slices[place]
         for parameter, gradient in self._gradients.items():
             own[parameter].grad = gradient[place]
@@ -94,12 +106,21 @@ class HostedEngine:
         refused = admit(float(norm))
         if refused is None and not torch.isfinite(norm):
             refused = "gradients are not finite"
-        if refused is not None:
-            for one in members:
-                one.grad = None
-        elif self._max_grad_norm > 0:
+        if refused is None and self._max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(members, self._max_grad_norm, norm)
         return StepResult(grad_norm=float(norm), refused=refused)
+
+    def _with_the_others(self, shared: SharedGradients, results: list[StepResult]) -> list[StepResult]:
+        """Average the dense parameters' gradients over all heads, if all may update."""
+        if not shared.agree(all(result.refused is None for result in results)):
+            return [replace(result, refused=result.refused or "another head refused it") for result in results]
+        for parameter in self._dense:  # every process must bring the same tensors
+            if parameter not in self._gradients:
+                self._gradients[parameter] = torch.zeros_like(self._masters[parameter])
+                for own, gradient in zip(self._slices, self._gradients[parameter], strict=True):
+                    own[parameter].grad = gradient
+        shared.average([self._gradients[parameter] for parameter in self._dense])
+        return results
 
     def _keep(self, parameter: Tensor) -> None:
         """Sum gradients over microbatches in fp32."""
