@@ -1,0 +1,126 @@
+"""Whole runs of heads that share processes, against the same runs with a process for each head."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch import exits, train
+from launch.records import read_records
+
+HEADS = [
+    "lte=heads",
+    "lte.sync_every=4",
+    "lora.rank=4",
+    "evaluation.every=8",
+    "checkpoint.every=4",
+    "optimizer.eps=0.0001",
+    "training.steps=12",
+    "training.microbatch_size=1",
+    "data.document_mask=true",
+]
+
+
+def _train(_, overrides):
+    return train.main(overrides)
+
+
+@pytest.fixture
+def run(on_processes, tiny, tmp_path):
+    """Train in the folder `name` on so many processes; returns the exit code."""
+
+    def call(name, count, *overrides):
+        left = [word for word in tiny if not word.startswith(("run.dir", "relora.", "schedule.restart", "training.st"))]
+        line = [*left, *HEADS, f"run.dir={tmp_path / name}", *overrides]
+        if "lora=none" in overrides:
+            line = [word for word in line if not word.startswith("lora.")]
+        codes = set(on_processes(_train, count, line)) if count > 1 else {train.main(line)}
+        assert len(codes) == 1
+        return codes.pop()
+
+    return call
+
+
+def _same_run(ours, theirs):
+    """Losses, norms, syncs and final weights agree to rounding."""
+    mine, other = (
+        [r for r in read_records(one / "metrics.jsonl") if r.get("event") != "resume"] for one in (ours, theirs)
+    )
+    assert [(r["step"], r.get("event")) for r in mine] == [(r["step"], r.get("event")) for r in other]
+    for here, there in zip(mine, other, strict=True):
+        for key in ("loss", "losses", "val_loss", "delta_norms", "update_ratio", "grad_norm", "head", "members"):
+            assert (key in here) == (key in there)
+            if key in here:
+                assert here[key] == pytest.approx(there[key], rel=1e-4, abs=1e-5), (here["step"], key)
+    final, others = (load_file(one / "final/model.safetensors") for one in (ours, theirs))
+    assert final.keys() == others.keys()
+    for name, value in final.items():
+        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=1e-5)
+
+
+CASES = {
+    "stay": ["lte.exchange=factors"],
+    "drawn, dense change": ["lte.reset=factors", "lte.adam=clear", "lte.exchange=dense"],
+    "fragments on their way": ["lte.fragments=2", "lte.delay=1", "lte.weight=tokens"],
+    "shared, outer, all-reduced": [
+        "lte.exchange=shared",
+        "lte.dense=all_reduced",
+        "lte.outer=sgd",
+        "lte.outer_lr=0.7",
+        "lte.outer_momentum=0.5",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", CASES.values(), ids=CASES)
+def test_heads_in_one_process_are_heads_of_processes(run, tmp_path, words):
+    assert run("apart", 2, *words) == exits.DONE
+    assert run("together", 1, *words) == exits.DONE
+    _same_run(tmp_path / "together", tmp_path / "apart")
+    summary = json.loads((tmp_path / "together/summary.json").read_text())
+    assert summary["bytes_sent"] == 0
+
+
+def test_a_run_goes_on_with_heads_together_and_apart_again(run, tmp_path):
+    words = ["lte.heads=4", "training.steps=16", "training.dtype=fp32"]
+    assert run("apart", 4, *words) == exits.DONE
+    for count, stop in ((4, 4), (1, 8), (2, 12)):
+        assert run("chain", count, *words, f"training.stop_after={stop}") == exits.PREEMPTED
+    assert run("chain", 4, *words) == exits.DONE
+    _same_run(tmp_path / "chain", tmp_path / "apart")
+
+
+def test_a_warm_start_then_heads_with_restarts_in_one_process(run, tmp_path):
+    words = [
+        "lte=heads_relora",
+        "relora.every=4",
+        "relora.warm_start_steps=4",
+        "relora.warm_start_lr=0.001",
+        "relora.reset=magnitude",
+        "relora.prune_ratio=0.9",
+        "schedule.restart_warmup_steps=1",
+    ]
+    assert run("apart", 2, *words) == exits.DONE
+    assert run("together", 1, *words, "training.stop_after=8") == exits.PREEMPTED
+    assert run("together", 1, *words) == exits.DONE
+    _same_run(tmp_path / "together", tmp_path / "apart")
+
+
+def test_full_rank_heads_share_a_process(run, tmp_path):
+    words = ["lora=none", "lte.outer=nesterov", "lte.outer_lr=0.7", "lte.outer_momentum=0.9"]
+    assert run("apart", 2, *words) == exits.DONE
+    assert run("together", 1, *words) == exits.DONE
+    _same_run(tmp_path / "together", tmp_path / "apart")
+
+
+def test_bfloat16_runs_agree_as_far_as_it_rounds(run, tmp_path):
+    assert run("apart", 2, "training.dtype=bf16") == exits.DONE
+    assert run("together", 1, "training.dtype=bf16", "training.stop_after=8") == exits.PREEMPTED
+    assert run("together", 1, "training.dtype=bf16") == exits.DONE
+    ours, theirs = (
+        [r for r in read_records(tmp_path / name / "metrics.jsonl") if r.get("event") == "sync"]
+        for name in ("together", "apart")
+    )
+    for here, there in zip(ours, theirs, strict=True):
+        assert here["losses"] == pytest.approx(there["losses"], abs=0.02)
