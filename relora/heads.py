@@ -57,12 +57,17 @@ class Parcel:
 class Delivery(Protocol):
     """What a sync brings; `result` is called once for each parcel, in order, then `products`."""
 
-    members: list[int]
-    """Heads that took part, ascending."""
-    weights: list[float]
-    """Of each member in the means; they sum to 1."""
-    words: list[list[float]]
-    """What each member said."""
+    @property
+    def members(self) -> list[int]:
+        """Heads that took part, ascending."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Of each member in the means; they sum to 1."""
+
+    @property
+    def words(self) -> list[list[float]]:
+        """What each member said."""
 
     def result(self) -> list[Tensor]:
         """Return the next parcel's outcome.
