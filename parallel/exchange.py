@@ -270,7 +270,8 @@ def _opened(told: Tensor, heads: int) -> tuple[list[float], list[list[float]]]:
     words: list[list[float]] = told.view(heads, -1).tolist()
     first = [word[0] for word in words]
     total = sum(first)
-    assert min(first) >= 0 and total > 0, f"weights must not be negative, and not all 0: {first}"
+    assert min(first) >= 0, f"weights must not be negative: {first}"
+    assert total > 0, f"some weight must be above 0: {first}"
     return ([1 / heads] * heads if len(set(first)) == 1 else [one / total for one in first]), words
 
 

@@ -8,6 +8,8 @@ Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6: MXFP8 (E4M3), MXIN
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,8 @@ def decode(encoded: Tensor, entries: int, compression: Compression) -> Tensor:
     if compression == Compression.bf16:
         return encoded.reshape(-1).view(torch.bfloat16).float().view(shape)
     rounded, scales = encoded.split([entries, encoded.shape[-1] - entries], dim=-1)
-    numbers = rounded.view(torch.float8_e4m3fn if compression == Compression.fp8 else torch.int8).float()
+    stored = torch.float8_e4m3fn if compression == Compression.fp8 else torch.int8
+    numbers: Tensor = rounded.view(stored).float()
     factors = _power(scales.int() - (_SCALE_SHIFT[compression] + _BIAS))
     factors = torch.where(scales == _NAN_SCALE, torch.nan, factors)
     return numbers * factors.repeat_interleave(BLOCK, dim=-1)[..., :entries]
@@ -79,9 +82,9 @@ def _exponents(blocks: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     sizes = blocks.abs().amax(-1)
     finite = sizes.isfinite()
     mantissas, exponents = torch.frexp(torch.where(finite, sizes, 0.0))  # in [0.5, 1)
-    mantissa, exponent = torch.frexp(torch.tensor(largest))
-    fitting = exponents.int() - int(exponent) + (mantissas > mantissa.item()).int()
-    return fitting.clamp(_LEAST_EXPONENT, _END_EXPONENT - int(exponent)), finite
+    mantissa, exponent = math.frexp(largest)
+    fitting = exponents.int() - exponent + (mantissas > mantissa).int()
+    return fitting.clamp(_LEAST_EXPONENT, _END_EXPONENT - exponent), finite
 
 
 def _power(exponents: Tensor) -> Tensor:

@@ -1,19 +1,22 @@
 """Parcels between heads on every grouping of processes against a slow plain computation, to the bit and to the byte."""
 
 import functools
-import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from parallel.exchange import HeadExchange
+from parallel.mpi_carrier import MpiCarrier
 from parallel.runtime import start
 from parallel.sync_traffic import Load, SyncLayout, closing_bytes, exchange_bytes, load_bytes, opening_bytes
 from relora.compression import decode, encode
+from relora.errors import ConfigError
 from relora.heads import Compression, Parcel, Way
+from tests.test_launch.test_start import environment, mpirun
 
 WEIGHTS = [3.0, 1.0, 0.0, 4.0]
 GATHERED, AVERAGED, FED_BACK = 70, 75, 139
@@ -65,10 +68,10 @@ def _parcels(exchange, data, alike, compression, residuals):
     ]
 
 
-def _exchanged(world, groups, heads, alike, compression, weighted, background):
+def _exchanged(world, groups, heads, alike, compression, weighted, background, by_mpi=False):
     """Outcomes of two exchanges, residuals, products, words, weights and bytes of this process."""
     with start(heads=groups) as runtime:
-        exchange = HeadExchange(runtime, heads=heads)
+        exchange = HeadExchange(runtime, heads=heads, carrier=MpiCarrier(runtime) if by_mpi else None)
         residuals = [torch.zeros(FED_BACK) for _ in exchange.hosted]
         words = [_words(head, weighted) for head in exchange.hosted]
         outcomes = []
@@ -268,3 +271,34 @@ def test_bytes_are_what_the_formulas_of_the_docs_say():
         assert load_bytes(half, gather) == 3 * 3200 * width
     assert opening_bytes(apart, 5) + closing_bytes(apart) == 3 * (5 + 16) * 8
     assert exchange_bytes(SyncLayout(heads=4, groups=1), [gather, mean], words=5) == 0
+
+
+def _under_mpi():
+    """What mpirun starts on two processes: MPI against torch.distributed, and what it refuses."""
+    with start(heads=2) as runtime:
+        for compression, background in ((Compression.none, False), (Compression.fp8, False), (Compression.int8, True)):
+            settings = (2, 4, False, compression, True, background)
+            by_torch, by_mpi = (_exchanged(runtime, *settings, by_mpi) for by_mpi in (False, True))
+            for one, two in zip(by_torch[0] + by_torch[1], by_mpi[0] + by_mpi[1], strict=True):
+                assert torch.equal(one, two)
+            assert torch.equal(by_torch[2], by_mpi[2])
+            assert by_torch[3:] == by_mpi[3:]
+            assert by_mpi[-1] == 2 * _planned(SyncLayout(heads=4, groups=2), False, compression)
+        with pytest.raises(ConfigError, match=r"start it by that library's mpirun.*or choose lte\.transport=torch"):
+            MpiCarrier(replace(runtime, process_rank=1 - runtime.process_rank))
+        carrier = MpiCarrier(runtime)
+        carrier._threads = False
+        with pytest.raises(ConfigError, match=r"lte\.delay needs MPI calls from a second thread"):
+            HeadExchange(runtime, heads=2, carrier=carrier).exchange([], [[1.0]], background=True)
+        sys.stdout.write(f"process {runtime.process_rank}: the same\n")
+
+
+def test_mpi_carries_the_same_bits_and_bytes():
+    command = [mpirun(), "-n", "2", sys.executable, __file__]
+    ran = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=90, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert sorted(ran.stdout.splitlines()) == [f"process {rank}: the same" for rank in range(2)]
+
+
+if __name__ == "__main__":
+    _under_mpi()
