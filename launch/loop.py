@@ -170,8 +170,7 @@ def validation_loss(run: Run, model: nn.Module) -> float:
     """Mean loss of a model on the run's validation sequences, the same ones each time."""
     config, validation, axis = run.config, run.data.validation, run.runtime.batch
     assert validation is not None
-    heads = len(run.heads)
-    size = -(-config.validation_batch(axis.size * heads) // heads) * heads
+    size = config.validation_batch(axis.size * len(run.heads))
     batches = validation_batches(validation, sequences=config.evaluation.sequences, size=size)
     return mean_loss(model, batches, run.runtime.device, axis)
 

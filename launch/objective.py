@@ -1,6 +1,7 @@
 """The next-token loss: of one update in microbatches, and of the validation sequences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -78,14 +79,25 @@ def _rows(batch: Batch, rows: Tensor) -> Batch:
     return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
 
 
-def filled(batch: Batch, multiple: int) -> Batch:
-    """The batch with as many sequences as LTE's heads in one process can share evenly; new ones have no targets."""
-    count = len(batch.input_ids)
-    missing = -count % multiple
-    if not missing:
-        return batch
-    more = _rows(batch, torch.arange(count + missing).clamp(max=count - 1))
-    more.labels[count:] = IGNORED
+def side_by_side(batches: Sequence[Batch], heads: int) -> Batch:
+    """One batch for each of LTE's heads in this process; gaps are filled with sequences without targets."""
+    if heads == 1:
+        return batches[0]
+    size = max(len(one.input_ids) for one in batches)
+    parts = [_filled(one, size, len(one.input_ids)) for one in batches]
+    parts += [_filled(batches[0], size, 0)] * (heads - len(parts))
+    places = [one.position_ids for one in parts if one.position_ids is not None]
+    return Batch(
+        input_ids=torch.cat([one.input_ids for one in parts]),
+        labels=torch.cat([one.labels for one in parts]),
+        position_ids=torch.cat(places) if places else None,
+    )
+
+
+def _filled(batch: Batch, size: int, kept: int) -> Batch:
+    """A batch of `size` sequences, of which those from `kept` on have no targets."""
+    more = _rows(batch, torch.arange(size).clamp(max=len(batch.input_ids) - 1))
+    more.labels[kept:] = IGNORED
     return more
 
 
@@ -100,14 +112,15 @@ def validation_batches(validation: Validation, *, sequences: int | None, size: i
 def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, axis: Axis = ALONE) -> float:
     """Mean loss per target over validation batches, in evaluation mode; the processes of an axis take turns.
 
-    All run the same number of forward passes, since a partitioned model needs everyone for each: who has no batch
-    left repeats its last one, and does not count it.
+    So do the heads that a model hosts, as they would in processes of their own. All run the same number of forward
+    passes, since a partitioned model needs everyone for each: who has no batch left runs another's, and does not count
+    it.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
-    for mine, counts in _turns(batches, axis):
-        loss = summed_loss(model, filled(mine, heads_in(model)), device)
+    for mine, counts in _turns(batches, axis, heads_in(model)):
+        loss = summed_loss(model, mine, device)
         if counts:
             sums += torch.stack([loss.double(), loss.new_tensor(mine.targets, dtype=torch.float64)])
     model.train(was_training)
@@ -115,13 +128,9 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     return float(loss_sum / targets)
 
 
-def _turns(batches: Iterable[Batch], axis: Axis) -> Iterator[tuple[Batch, bool]]:
-    """This process's batches, and whether each counts."""
-    mine, number = None, -1
-    for number, batch in enumerate(batches):
-        if number % axis.size == axis.index or mine is None:
-            mine = batch
-        if number % axis.size == axis.size - 1:
-            yield mine, True
-    if mine is not None and (left := (number + 1) % axis.size):
-        yield mine, axis.index < left
+def _turns(batches: Iterable[Batch], axis: Axis, heads: int) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, one for each of its heads side by side, and whether they count."""
+    left, first = iter(batches), axis.index * heads
+    while turn := list(islice(left, axis.size * heads)):
+        mine = turn[first : first + heads]
+        yield side_by_side(mine or turn[:1], heads), bool(mine)

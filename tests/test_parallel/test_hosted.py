@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from continual.batches import Batch
-from launch.objective import accumulate, filled, mean_loss
+from launch.objective import accumulate, mean_loss, side_by_side
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
 from parallel.zero import ParallelConfig
@@ -160,11 +160,19 @@ def _reading(held):
     return lambda kind, name, region: None if (kind, name) not in kept else kept[kind, name].view(region.shape)
 
 
-def test_validation_fills_up_a_batch_and_counts_nothing_twice(runtime):
-    together, alone = _together(runtime, torch.float32), _alone(runtime, 0, torch.float32)
-    batch = _of_head(_batch(0), 0)
-    assert len(filled(batch, HEADS).input_ids) == 6
-    assert filled(batch, HEADS).targets == batch.targets
-    losses = [mean_loss(one.model, [batch], runtime.device) for one in (together, alone)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6), "before any training all heads are one model"
-    alone.close()
+def test_heads_take_turns_at_validation_and_count_nothing_twice(runtime):
+    together = _together(runtime, torch.float32)
+    _steps(runtime, together, range(HEADS), range(2))
+    engines = [_alone(runtime, head, torch.float32) for head in range(HEADS)]
+    batches = [_of_head(_batch(step), 0) for step in range(HEADS + 2)]
+    batches[-1] = Batch(input_ids=batches[-1].input_ids[:1], labels=batches[-1].labels[:1])
+    both = side_by_side(batches[-2:], HEADS)
+    assert both.targets == batches[-2].targets + batches[-1].targets
+    assert len(both.input_ids) == HEADS * SHARE
+    sums = 0.0
+    for head, engine in enumerate(engines):
+        engine.store.load(_reading(together.store.held(head)))
+        sums += sum(mean_loss(engine.model, [one], runtime.device) * one.targets for one in batches[head::HEADS])
+        engine.close()
+    expected = sums / sum(one.targets for one in batches)
+    assert mean_loss(together.model, batches, runtime.device) == pytest.approx(expected, abs=1e-6)
