@@ -52,7 +52,7 @@ class TrainingConfig:
     global_batch_size: int = 16
     """Sequences per update."""
     microbatch_size: int | None = None
-    """Sequences per forward and backward of a process; only a memory knob. null: its share of the global batch."""
+    """Sequences per forward and backward of a process, or of each head in it; only a memory knob. null: its share."""
     dtype: Dtype = Dtype.fp32
     """fp32 or bf16."""
     max_grad_norm: float = 1.0

@@ -111,3 +111,13 @@ def test_a_head_of_several_that_diverges_ends_the_run_at_the_next_sync(run, tmp_
     assert [r["step"] for r in records if "event" not in r] == list(range(1, 9)), "six refusals, and on to the sync"
     assert {(r["event"], r["head"]) for r in records if r.get("event") == "skip"} == {("skip", 1)}
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "diverged"
+
+
+def test_another_number_of_heads_goes_on_in_one_process(run, tmp_path):
+    assert run("run", 1, "training.stop_after=4") == exits.PREEMPTED
+    assert run("run", 1, "lte.heads=4", "training.stop_after=8") == exits.PREEMPTED
+    assert run("run", 1, "lte.heads=1") == exits.DONE
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    assert [len(r["members"]) for r in records if r.get("event") == "sync"] == [2, 4, 1]
+    losses = [r["val_loss"] for r in records if r.get("event") == "evaluate"]
+    assert losses == sorted(losses, reverse=True)
