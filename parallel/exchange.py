@@ -79,7 +79,8 @@ class HeadExchange:
         """Bring parcels to all heads.
 
         In the background, parcels are made and carried by a thread, but put together inside the head as they are asked
-        for. One delivery at a time: another may begin in the background only after this one's `products`.
+        for. What is carried in the foreground waits for what began in the background before: all processes keep one
+        order. `sent` has all of a delivery after its `products`.
         """
         assert len(words) == len(self.hosted), "each hosted head has its words"
         if background and self._background is None:
