@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.runtime import Axis
+from parallel.runtime import Axis, Runtime
 
 
 class Carrier(Protocol):
@@ -66,3 +66,8 @@ class GroupCarrier:
 
     def check_thread(self) -> None:
         """Any thread may call it."""
+
+
+def group_carrier(runtime: Runtime) -> Carrier:
+    """The carrier over torch.distributed, or none where one group hosts all heads."""
+    return Alone() if runtime.head.group is None else GroupCarrier(runtime.head)

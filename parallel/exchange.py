@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.background import Background
-from parallel.carrier import Alone, Carrier, GroupCarrier
-from parallel.mpi_carrier import MpiCarrier
+from parallel.carrier import Carrier, group_carrier
 from parallel.runtime import Runtime
 from parallel.sync_traffic import SyncLayout, factors_are_fewer, piece_of, share_of
 from relora.compression import decode, encode
-from relora.heads import Parcel, Way
-from relora.lte import Exchange, LteConfig, Transport
+from relora.heads import Compression, Parcel, Way
+from relora.lte import Exchange
 
 T = TypeVar("T")
 _CHUNK = 1 << 20
@@ -46,22 +45,27 @@ class HeadExchange:
     Collectives: `exchange` and what it returns, by all processes alike.
     """
 
-    def __init__(self, runtime: Runtime, config: LteConfig, *, carrier: Carrier | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        heads: int,
+        choice: Exchange = Exchange.auto,
+        compression: Compression = Compression.none,
+        carrier: Carrier | None = None,
+    ) -> None:
         """Take hold of the counterparts.
 
         Args:
-            carrier: None: the one that lte.transport names.
-
-        Raises:
-            ConfigError: MPI cannot carry this run.
+            compression: what `by_factors` reckons with.
+            carrier: None: over torch.distributed.
         """
-        heads = config.heads
         groups = runtime.head.size
         assert heads % groups == 0, "every group hosts as many heads"
         self._layout = SyncLayout(heads=heads, groups=groups, data=runtime.data.size)
         self._data, self._device = runtime.data, runtime.device
-        self._choice, self._compression = config.exchange, config.compression
-        self._carrier = _carrier(runtime, config.transport) if carrier is None else carrier
+        self._choice, self._compression = choice, compression
+        self._carrier = group_carrier(runtime) if carrier is None else carrier
         self._background: Background | None = None
         self.count = heads
         self.hosted: Sequence[int] = range(
@@ -262,12 +266,6 @@ class ParcelDelivery:
 
     def _carry(self, parcel: Parcel) -> _Carried:
         return self._heads.carry(parcel, self.weights, self._shares)
-
-
-def _carrier(runtime: Runtime, transport: Transport) -> Carrier:
-    if runtime.head.group is None:
-        return Alone()
-    return MpiCarrier(runtime) if transport == Transport.mpi else GroupCarrier(runtime.head)
 
 
 def _opened(told: Tensor, heads: int) -> tuple[list[float], list[list[float]]]:

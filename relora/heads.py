@@ -88,10 +88,12 @@ class Heads(Protocol):
 
     count: int
     """How many there are."""
-    hosted: Sequence[int]
-    """Those whose model this process holds (a part of): one, or all in one process."""
     sent: int
     """Bytes that this process has sent to the others."""
+
+    @property
+    def hosted(self) -> Sequence[int]:
+        """Those whose model this process holds (a part of): one, or all in one process."""
 
     def exchange(
         self, parcels: Sequence[Parcel], words: Sequence[Sequence[float]], *, background: bool = False

@@ -31,7 +31,7 @@ from relora.compression import decode, encode
 from relora.dense import DenseGradients
 from relora.errors import ConfigError
 from relora.heads import Compression, Parcel, Way
-from relora.lte import Exchange, LteConfig
+from relora.lte import Exchange
 from tests.test_launch.test_start import environment, mpirun
 
 WEIGHTS = [3.0, 1.0, 0.0, 4.0]
@@ -87,7 +87,7 @@ def _parcels(exchange, data, alike, compression, residuals):
 def _exchanged(world, groups, heads, alike, compression, weighted, background, by_mpi=False):
     """Outcomes of two exchanges, residuals, products, words, weights and bytes of this process."""
     with start(heads=groups) as runtime:
-        exchange = HeadExchange(runtime, LteConfig(heads=heads, transport="mpi" if by_mpi else "torch"))
+        exchange = HeadExchange(runtime, heads=heads, carrier=MpiCarrier(runtime) if by_mpi else None)
         residuals = [torch.zeros(FED_BACK) for _ in exchange.hosted]
         words = [_words(head, weighted) for head in exchange.hosted]
         outcomes = []
@@ -201,7 +201,7 @@ def test_the_background_changes_no_bit(on_processes, count, groups, heads, alike
 def test_an_exact_mean_of_equal_heads_is_the_sum_over_their_number():
     rows = [_values(3, AVERAGED, head, 0) for head in range(3)]
     with start() as runtime:
-        exchange = HeadExchange(runtime, LteConfig(heads=3))
+        exchange = HeadExchange(runtime, heads=3)
         parcel = Parcel(name="", way=Way.mean, entries=AVERAGED, own=lambda: rows, alike=True)
         delivery = exchange.exchange([parcel], [[5.0]] * 3)
         mean = delivery.result()[0]
@@ -217,7 +217,7 @@ def test_with_feedback_nothing_is_lost_and_without_it_means_drift(runtime, compr
     exact = sum(w * change.double() for w, change in zip(weights, changes, strict=True)) / 8 * syncs
     errors = {}
     for feeds_back in (True, False):
-        exchange = HeadExchange(runtime, LteConfig(heads=heads))
+        exchange = HeadExchange(runtime, heads=heads)
         residuals = [torch.zeros(entries) for _ in range(heads)] if feeds_back else None
         parcel = Parcel(
             name="", way=Way.mean, entries=entries, own=lambda: changes, alike=True, compression=compression,
@@ -242,7 +242,7 @@ def test_parcels_are_made_one_by_one_in_the_foreground_and_all_at_once_in_the_ba
 
         return Parcel(name="", way=Way.mean, entries=3, own=own, alike=True)
 
-    exchange = HeadExchange(runtime, LteConfig(heads=2))
+    exchange = HeadExchange(runtime, heads=2)
     delivery = exchange.exchange([parcel(0), parcel(1)], [[1.0]] * 2)
     assert made == []
     delivery.result()
@@ -263,7 +263,7 @@ def test_what_fails_in_the_background_is_raised_by_every_wait_after_it(runtime):
     def parcel(own):
         return Parcel(name="", way=Way.mean, entries=3, own=own, alike=True)
 
-    exchange = HeadExchange(runtime, LteConfig(heads=1))
+    exchange = HeadExchange(runtime, heads=1)
     parcels = [parcel(lambda: [torch.ones(3)]), parcel(fails), parcel(lambda: [torch.ones(3)])]
     delivery = exchange.exchange(parcels, [[1.0]], background=True)
     assert delivery.result()[0].tolist() == [1.0] * 3
@@ -311,7 +311,7 @@ def test_a_layer_travels_by_the_fewer_bytes_whoever_hosts_its_head(runtime, comp
     for choice, factors in itertools.product(Exchange, (100, 5000)):
         apart = SyncLayout(heads=8, groups=8)
         layer = SyncedLayer(factors=factors, up=factors // 2, part=8000, alike=True)
-        exchange = HeadExchange(runtime, LteConfig(heads=8, exchange=choice, compression=compression))
+        exchange = HeadExchange(runtime, heads=8, choice=choice, compression=compression)
         by_factors = layer_load(apart, layer, choice, compression).way is Way.gather
         assert exchange.by_factors(factors, 8000, alike=True) == by_factors
 
@@ -319,7 +319,7 @@ def test_a_layer_travels_by_the_fewer_bytes_whoever_hosts_its_head(runtime, comp
 def _period(world, heads, fragments, delayed):
     """Bytes that a process sends in one period, layers by turns factors and dense, and dense parameters."""
     with start(heads=2) as runtime:
-        exchange = HeadExchange(runtime, LteConfig(heads=heads))
+        exchange = HeadExchange(runtime, heads=heads)
         words = [[1.0, 2.0]] * len(exchange.hosted)
 
         def parcel(load):
@@ -342,7 +342,7 @@ def _period(world, heads, fragments, delayed):
 def _shared(world, alike):
     """Bytes that a process sends in one step for gradients of dense parameters."""
     with start(heads=2) as runtime:
-        exchange = HeadExchange(runtime, LteConfig(heads=2))
+        exchange = HeadExchange(runtime, heads=2)
         gradients = DenseGradients(exchange, alike=alike)
         assert gradients.agree(True)
         gradients.average([torch.ones(3, 5), torch.ones(2)])
@@ -386,7 +386,7 @@ def _under_mpi():
         carrier = MpiCarrier(runtime)
         carrier._threads = False
         with pytest.raises(ConfigError, match=r"lte\.delay needs MPI calls from a second thread"):
-            HeadExchange(runtime, LteConfig(heads=2), carrier=carrier).exchange([], [[1.0]], background=True)
+            HeadExchange(runtime, heads=2, carrier=carrier).exchange([], [[1.0]], background=True)
         sys.stdout.write(f"process {runtime.process_rank}: the same\n")
 
 

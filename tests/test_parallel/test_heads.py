@@ -119,6 +119,10 @@ def _engine(runtime, zero, config, dtype=torch.float32):
     )
 
 
+def _exchange(runtime, config):
+    return HeadExchange(runtime, heads=config.heads, choice=config.exchange, compression=config.compression)
+
+
 def _loss(engine, runtime, ids):
     share = len(ids) // runtime.data.size
     mine = ids[runtime.data.index * share :][:share]
@@ -131,7 +135,7 @@ def _trained(world, heads, tensor, zero, settings, dtype=torch.float32):
     config = LteConfig(heads=heads, **{"sync_every": EVERY, **settings})
     with start(tensor=tensor, heads=heads) as runtime:
         engine = _engine(runtime, zero, config, dtype)
-        others = HeadExchange(runtime, config)
+        others = _exchange(runtime, config)
         syncs = HeadSync(engine.model, config, engine.store, others, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
         if config.dense == "all_reduced":
             engine.share_dense(DenseGradients(others, alike=engine.store.masters_alike))
@@ -322,7 +326,7 @@ def _partners(world, zero):
     with start(heads=2) as runtime:
         config = LteConfig(heads=2, sync_every=1)
         engine = _engine(runtime, zero, config)
-        syncs = HeadSync(engine.model, config, engine.store, HeadExchange(runtime, config), seed=3, scale=float)
+        syncs = HeadSync(engine.model, config, engine.store, _exchange(runtime, config), seed=3, scale=float)
         met, real = set(), {name: getattr(dist, name) for name in _COLLECTIVES}
 
         def noting(name):
@@ -365,7 +369,7 @@ def _refusing(world, zero, dtype):
     config = LteConfig(heads=2, dense="all_reduced")
     with start(heads=2) as runtime:
         engine = _engine(runtime, zero, config, dtype)
-        engine.share_dense(DenseGradients(HeadExchange(runtime, config), alike=engine.store.masters_alike))
+        engine.share_dense(DenseGradients(_exchange(runtime, config), alike=engine.store.masters_alike))
         told, masters = [], []
         for number, ids in enumerate(_batches(runtime.head.index)[:2]):
             engine.backward(_loss(engine, runtime, ids))
