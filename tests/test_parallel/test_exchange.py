@@ -256,6 +256,19 @@ def test_parcels_are_made_one_by_one_in_the_foreground_and_all_at_once_in_the_ba
     assert made[2:] == [(2, False), (3, False)]
 
 
+def test_training_goes_on_while_a_parcel_is_on_its_way(runtime):
+    trained = threading.Event()
+
+    def own():
+        return [torch.full((3,), float(trained.wait(30)))]
+
+    exchange = HeadExchange(runtime, heads=1)
+    parcel = Parcel(name="", way=Way.mean, entries=3, own=own, alike=True)
+    delivery = exchange.exchange([parcel], [[1.0]], background=True)
+    trained.set()
+    assert delivery.result()[0].tolist() == [1.0] * 3
+
+
 def test_what_fails_in_the_background_is_raised_by_every_wait_after_it(runtime):
     def fails():
         raise ValueError("no such factors")
