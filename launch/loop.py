@@ -11,7 +11,7 @@ from launch.guard import TrainingDiverged
 from launch.heads import sync_run
 from launch.objective import accumulate, mean_loss, validation_batches
 from launch.phase import low_rank_at
-from launch.run import Run
+from launch.run import Run, measure_update
 from launch.saves import note_published, save_checkpoint
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
@@ -113,9 +113,7 @@ def restart_run(run: Run) -> None:
         f"step {state.step}: restart {report.restart}, {report.layers} layers merged (update {report.update_ratio:.2%} "
         f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared"
     )
-    if run.spectra is not None:
-        weight_of = run.engine.store.whole_weight
-        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=state.restarts)
+    measure_update(run)
 
 
 def evaluate(run: Run) -> float:

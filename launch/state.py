@@ -22,6 +22,8 @@ class RunState:
     """Finished syncs of LTE."""
     bytes_sent: int = 0
     """What one head has sent to the others."""
+    sync_seconds: float = 0.0
+    """Part of train_seconds that went to syncs, waiting for other heads included."""
     skipped: list[int] = field(default_factory=list)
     """Steps whose update was refused."""
     losses: list[float] = field(default_factory=list)

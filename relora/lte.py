@@ -25,6 +25,7 @@ from relora.linear import BasePart, LowRankLinear
 from relora.optimizer import clear_moments
 from relora.precision import MergePrecision
 from relora.restart import ParameterStore
+from relora.spectrum import MergeRanks
 
 
 class SyncReset(str, Enum):
@@ -171,11 +172,13 @@ def sync(
     seed: int,
     sync_index: int,
     words: Sequence[float] = (),
+    ranks: MergeRanks | None = None,
 ) -> tuple[SyncReport, list[list[float]]]:
     """Merge the heads' mean change, average what trains densely; then keep the factors, or draw new ones.
 
     Args:
         words: a few numbers that this head tells the others.
+        ranks: takes note of merged changes whose factors travel.
 
     Returns the report, and every head's words.
     """
@@ -188,7 +191,9 @@ def sync(
         part = store.base(layer)
         tally.weigh(part)
         key = key_of(seed, "sync", name, sync_index)
-        _merge_mean(layer, layer.change(down, up), part, config.merge_precision, key, heads, tally)
+        merged = _merge_mean(layer, layer.change(down, up), part, config.merge_precision, key, heads, tally)
+        if ranks is not None and merged is not None:
+            ranks.note(name, *merged)
         if config.reset == SyncReset.factors:
             _redraw(name, layer, config, store, seed=seed, head=heads.index, sync_index=sync_index)
         elif layer.synced_down is not None and layer.synced_up is not None:
@@ -243,9 +248,10 @@ def _merge_mean(
     key: int,
     heads: Heads,
     tally: _Tally,
-) -> None:
-    """Add the mean of the heads' changes to this process's part of a base weight."""
+) -> tuple[Tensor, Tensor] | None:
+    """Add the mean of the heads' changes to this process's part of a base weight; return its factors if they came."""
     down, up = change
+    merged: tuple[Tensor, Tensor] | None
     alike = part.replicas == part.layer_replicas
     if heads.by_factors(down.numel() + up.numel(), part.weight.numel(), alike=alike):
         tally.by_factors += 1
@@ -257,11 +263,14 @@ def _merge_mean(
         ups = torch.cat([second.view_as(up) for _, second in pairs], dim=1)
         tally.known += _inner_products(downs, ups, heads.count) * (layer.scaling**2 / part.layer_replicas)
         changed = layer.add_product_(precision, downs, ups.double() / heads.count, key, part)
+        merged = downs, ups
     else:
         mean, products = heads.mean(layer.product_part(down, up, part), alike=alike)
         tally.shared += products / part.replicas
         changed = layer.add_part_(precision, mean, key, part)
+        merged = None
     tally.sums[1] += changed / part.replicas
+    return merged
 
 
 def _inner_products(downs: Tensor, ups: Tensor, heads: int) -> Tensor:
