@@ -31,6 +31,8 @@ class Study:
     rank: int
     cycle: int
     """Steps between restarts of ReLoRA."""
+    rewarm: int
+    """Steps that its rate takes to rise again after one."""
     machines: tuple[int, ...]
     """Numbers of heads, or of replicas."""
     rhythms: tuple[int, ...]
@@ -47,6 +49,7 @@ FULL = Study(
     steps=400,
     rank=8,
     cycle=150,
+    rewarm=10,
     machines=(2, 4, 8),
     rhythms=(1, 10, 50),
     reference=(4, 10),
@@ -75,6 +78,7 @@ QUICK = replace(
     steps=8,
     rank=2,
     cycle=4,
+    rewarm=1,
     machines=(2,),
     rhythms=(4,),
     reference=(2, 4),
@@ -113,7 +117,11 @@ class Cell:
     @property
     def name(self) -> str:
         """What tables and folders call it."""
-        return f"{self.family.value}, {self.machines} heads, T = {self.every}" if self.family.has_heads else self.family
+        return (
+            f"{self.family.value}, {self.machines} heads, T = {self.every}"
+            if self.family.has_heads
+            else self.family.value
+        )
 
     def overrides(self, study: Study) -> tuple[str, ...]:
         """Its settings but for the rate."""
@@ -124,8 +132,8 @@ class Cell:
             case Family.ddp:
                 return (*base, "lora=none")
             case Family.relora:
-                rewarm = "schedule.restart_warmup_steps=10" if study.cycle > 10 else "schedule.restart_warmup_steps=1"
-                return (*base, *low_rank, f"relora.every={study.cycle}", rewarm)
+                cycles = (f"relora.every={study.cycle}", f"schedule.restart_warmup_steps={study.rewarm}")
+                return (*base, *low_rank, *cycles, "relora.warm_start_steps=0")
             case Family.lte_none:
                 return (*base, *low_rank, *heads, "lte.reset=none")
             case Family.lte_factors:

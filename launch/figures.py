@@ -193,7 +193,10 @@ def drawn_rank(history: History) -> int | None:
     rank, ranks = told.get("lora.rank"), told.get("lte.ranks")
     if isinstance(ranks, list):
         return sum(ranks)
-    return rank * told.get("lte.heads", 1) if isinstance(rank, int) else None
+    together = (
+        1 if told.get("lte.exchange") == "shared" else told.get("lte.heads", 1)
+    )  # the mean of products with one down
+    return rank * together if isinstance(rank, int) else None
 
 
 def _draws(history: History, merges: int) -> int:

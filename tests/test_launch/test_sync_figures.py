@@ -69,6 +69,7 @@ def test_figures_show_what_the_syncs_tell(run):
         ({"lte.reset": "factors"}, [3, 8]),
         ({"lte.reset": "factors", "lte.reset_every": 2}, [3, 6]),
         ({"lte.ranks": [1, 1, 2]}, [4, 4]),
+        ({"lte.exchange": "shared"}, [1, 1]),
         ({"lora.rank_pattern.q": 2}, []),
     ],
 )
