@@ -108,7 +108,7 @@ def methods(study: Study) -> dict[str, tuple[str, ...]]:
         "ReLoRA, DDP": (*low_rank, *cycles),
         "LTE, reset none": (*low_rank, *heads),
         "LTE, reset factors": (*low_rank, *heads, "lte.reset=factors"),
-        # "DiLoCo": ("lora=none", "optimizer.lr=0.002", *heads, *outer),
+        "DiLoCo": ("lora=none", "optimizer.lr=0.002", *heads, *outer),
     }
 
 
