@@ -4,9 +4,6 @@ The update of a run is W - W_start, the sum of all merges. One cycle alone canno
 that the sum can is the claim of ReLoRA, and these functions measure it.
 """
 
-from collections.abc import Iterable
-from statistics import fmean
-
 import torch
 from torch import Tensor
 
@@ -57,25 +54,3 @@ def numerical_rank(
     merging = base_norm * max(1, merges) ** 0.5
     largest = float(values.max()) if values.numel() else 0.0
     return int((values > eps * (merging + largest)).sum())
-
-
-class MergeRanks:
-    """Effective ranks of what one sync of LTE merges into some of the layers, from the factors that travelled."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = frozenset(names)
-        self.found: dict[str, float] = {}
-        """By layer."""
-
-    def note(self, name: str, down: Tensor, up: Tensor) -> None:
-        """Measure a layer's merged change, up @ down up to a factor, if the layer is one of those.
-
-        Shapes: (k, in), (out, k)
-        """
-        if name in self._names:
-            self.found[name] = effective_rank(product_singular_values(down, up))
-
-    @property
-    def mean(self) -> float | None:
-        """The mean over the layers that were measured; None without any."""
-        return fmean(self.found.values()) if self.found else None

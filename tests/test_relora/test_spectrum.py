@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from relora.spectrum import MergeRanks, effective_rank, numerical_rank, product_singular_values, singular_values
+from relora.spectrum import effective_rank, numerical_rank, product_singular_values, singular_values
 
 
 def merged(shape: tuple[int, int], *, merges: int, adapter_rank: int, size: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,16 +42,6 @@ def test_singular_values_of_a_product_need_its_factors_only(inner):
     exact = torch.linalg.svdvals(up.double() @ down.double())[:inner]
     values = product_singular_values(down, up)
     torch.testing.assert_close(values, exact, rtol=1e-6, atol=3e-8 * float(exact[0]))
-
-
-def test_ranks_of_merged_changes_are_those_of_the_named_layers():
-    ranks = MergeRanks(["a", "b"])
-    assert ranks.mean is None
-    one, two = torch.eye(6)[:1], torch.eye(6)[:2]
-    for name, down in (("a", one), ("b", two), ("c", torch.eye(6))):
-        ranks.note(name, down, 3 * down.t())
-    assert ranks.found == pytest.approx({"a": 1.0, "b": 2.0})
-    assert ranks.mean == pytest.approx(1.5)
 
 
 def test_effective_rank_counts_equal_directions():
