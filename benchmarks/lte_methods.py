@@ -69,7 +69,7 @@ FULL = Study(
         "training.global_batch_size=16",
         "schedule.warmup_steps=40",
         "evaluation.every=50",
-        "evaluation.sequences=256",
+        "evaluation.sequences=512",
         "evaluation.batch_size=64",
     ),
 )
