@@ -6,7 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from relora.errors import ConfigError
-from relora.lte import Exchange, LteConfig, SyncReset
+from relora.lte import DenseSync, Exchange, LteConfig, SyncReset
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
@@ -28,6 +28,10 @@ def check_lte(config: TrainConfig, lte: LteConfig) -> None:
             raise ConfigError(
                 f"lora.init_from={config.lora.init_from} must be null with lte: heads draw their own factors"
             )
+        if lte.dense == DenseSync.all_reduced and not config.lora.dense:
+            raise ConfigError(
+                "lte.dense=all_reduced has no effect with lora.dense=[], which freezes them: leave it out"
+            )
         _check_ranks(lte, config.lora.rank_pattern)
     if config.relora is not None:
         _check_restarts(config, lte)
@@ -35,6 +39,10 @@ def check_lte(config: TrainConfig, lte: LteConfig) -> None:
 
 
 def _check_full_rank(lte: LteConfig) -> None:
+    if lte.dense == DenseSync.all_reduced:
+        raise ConfigError(
+            "lte.dense=all_reduced with lora=none leaves heads nothing to train apart: choose averaged, or lte=none"
+        )
     usual = LteConfig()
     for key in _OF_FACTORS:
         value = getattr(lte, key)

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from launch.guard import TrainingDiverged
 from launch.run import Run
 from parallel.exchange import HeadExchange
-from relora.lte import Exchange, HeadWeight
+from relora.dense import DenseGradients
+from relora.lte import DenseSync, Exchange, HeadWeight
 from relora.sync import HeadSync, SyncReport
 
 
@@ -20,11 +21,14 @@ def begin_heads(run: Run) -> None:
     if config.lte is None or run.state.step < config.warm_start_steps:
         return
     run.state.learned = run.state.learned or [0.0] * config.lte.fragments
+    heads = HeadExchange(run.runtime, config.lte)
+    if config.lte.dense == DenseSync.all_reduced:
+        run.engine.share_dense(DenseGradients(heads, alike=run.engine.store.masters_alike))
     run.sync = HeadSync(
         run.model,
         config.lte,
         run.engine.store,
-        HeadExchange(run.runtime, config.lte),
+        heads,
         seed=config.run.seed,
         scale=config.lora.scale if config.lora is not None else float,
         measured=_measured(run),

@@ -129,9 +129,15 @@ def _series(syncs: Sequence[Record], key: str) -> Series:
 
 
 def _orthogonal(syncs: Sequence[Record]) -> Series:
-    """The shrinkage of orthogonal changes of the norms that there were."""
-    told = [(record["step"], record["delta_norms"]) for record in syncs if any(record["delta_norms"])]
-    return [step for step, _ in told], [math.hypot(*norms) / sum(norms) for _, norms in told]
+    """The shrinkage of orthogonal changes of the norms and weights that there were."""
+    steps, told = [], []
+    for record in syncs:
+        norms = record["delta_norms"]
+        parts = [norm * weight for norm, weight in zip(norms, record.get("weights") or [1.0] * len(norms), strict=True)]
+        if any(parts):
+            steps.append(record["step"])
+            told.append(math.hypot(*parts) / sum(parts))
+    return steps, told
 
 
 def _colour(place: int, heads: int) -> Any:

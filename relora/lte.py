@@ -66,6 +66,15 @@ class HeadWeight(str, Enum):
     """By the tokens it has learned from since the last sync."""
 
 
+class DenseSync(str, Enum):
+    """How parameters that train at full rank keep together; lora.dense says which they are."""
+
+    averaged = "averaged"
+    """Each head trains them for itself, and a sync averages them."""
+    all_reduced = "all_reduced"
+    """Their gradients are averaged over heads in every step, so they are the same at all times."""
+
+
 class OuterOptimizer(str, Enum):
     """What is done with the heads' mean change before it is merged."""
 
@@ -103,6 +112,8 @@ class LteConfig:
     """equal, or by the tokens that a head has learned from since the last sync."""
     ranks: list[int] | None = None
     """Adapter rank of each head, in place of lora.rank; null: all have that."""
+    dense: DenseSync = DenseSync.averaged
+    """averaged (at syncs) or all_reduced (their gradients, in every step)."""
     outer: OuterOptimizer = OuterOptimizer.none
     """none, sgd or nesterov, on the mean change."""
     outer_lr: float | None = None

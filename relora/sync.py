@@ -21,7 +21,7 @@ from relora.convert import low_rank_modules
 from relora.heads import Compression, Delivery, Heads, Parcel, Way
 from relora.initialize import draw_down, key_of
 from relora.linear import BasePart, LowRankLinear
-from relora.lte import Exchange, FactorAdam, LteConfig, OuterOptimizer
+from relora.lte import DenseSync, Exchange, FactorAdam, LteConfig, OuterOptimizer
 from relora.optimizer import clear_moments, scale_moments
 from relora.restart import ParameterStore
 from relora.spectrum import effective_rank, product_singular_values
@@ -61,7 +61,7 @@ class SyncReport:
     effective_rank: float | None
     """Of the mean change, on average over the layers that are measured and whose factors travelled; None without."""
     bytes: int
-    """Sent by all processes of one head."""
+    """Sent by all processes of one head since the last report."""
     seconds: float
     """Wall time that training stood still."""
 
@@ -97,8 +97,6 @@ class _Flight:
     dense: list[nn.Parameter]
     """Parameters that sync along; they do not travel ahead."""
     words: Sequence[Sequence[float]]
-    sent: int
-    """What this process had sent before."""
     seconds: float
 
 
@@ -128,8 +126,10 @@ class HeadSync:
         self.layers = low_rank_modules(model)
         self._measured = frozenset(measured)
         factors = {id(factor) for layer in self.layers.values() for factor in (layer.down, layer.up)}
-        self.dense = [one for one in model.parameters() if one.requires_grad and id(one) not in factors]
-        """Parameters that train at full rank."""
+        full = [one for one in model.parameters() if one.requires_grad and id(one) not in factors]
+        self.dense = full if config.dense == DenseSync.averaged else []
+        """Parameters that train at full rank and are averaged."""
+        self._reported = heads.sent
         self.peers: dict[str, dict[int, Pair]] = {}
         """Of layers whose factors travel: every head's primes, in host memory; missing ones are zero."""
         self.momenta: dict[str, Tensor] = {}
@@ -214,7 +214,6 @@ class HeadSync:
             delayed=False,
             dense=self.dense,
             words=(),
-            sent=self._heads.sent,
             seconds=0.0,
         )
         return self._end(flight)
@@ -229,7 +228,7 @@ class HeadSync:
     def _begin(
         self, fragment: int | None, step: int, index: int, words: Sequence[Sequence[float]], *, delayed: bool
     ) -> _Flight:
-        began, sent = time.perf_counter(), self._heads.sent
+        began = time.perf_counter()
         ends = step + self._delay if delayed else step
         luggage = [self._pack(name, self.layers[name]) for name in self._names(fragment)]
         dense = self.dense if fragment in (None, self._config.fragments - 1) else []
@@ -254,7 +253,6 @@ class HeadSync:
             delayed=delayed,
             dense=dense,
             words=words,
-            sent=sent,
             seconds=time.perf_counter() - began,
         )
 
@@ -549,7 +547,8 @@ class HeadSync:
     def _report(self, flight: _Flight, tally: _Tally, shared: Tensor) -> SyncReport:
         delivery, weights = flight.delivery, torch.tensor(flight.delivery.weights, dtype=torch.float64)
         products = self._store.total(tally.known + shared)
-        sent = self._heads.sent - flight.sent
+        sent = self._heads.sent - self._reported
+        self._reported = self._heads.sent
         sums = [tally.base_squared, tally.entries, tally.changed, tally.mean_squared, sent]
         base, entries, changed, mean, total_sent = self._store.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         norms = products.diagonal().clamp_min(0.0).sqrt()

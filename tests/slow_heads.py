@@ -19,7 +19,8 @@ class SlowSyncs:
         self.flight, self.syncs, self.momenta = None, 0, {}
         factors = {id(factor) for one in self.layers for layer in one.values() for factor in (layer.down, layer.up)}
         trainable = zip(*(model.parameters() for model in models), strict=True)
-        self.dense = [ps for ps in trainable if ps[0].requires_grad and id(ps[0]) not in factors]
+        self.full_rank = [ps for ps in trainable if ps[0].requires_grad and id(ps[0]) not in factors]
+        self.dense = self.full_rank if config.dense == "averaged" else []
         self.anchors = [parameters[0].detach().double() for parameters in self.dense]
 
     def advance(self, step):

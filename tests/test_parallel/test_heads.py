@@ -18,6 +18,7 @@ from parallel.tensor import split_model
 from parallel.vocabulary import summed_cross_entropy
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
+from relora.dense import DenseGradients
 from relora.lte import Exchange, LteConfig, SyncReset, keep_synced_
 from relora.optimizer import OptimizerConfig, parameter_groups
 from relora.precision import MergePrecision
@@ -72,8 +73,16 @@ def _plain(heads, **settings):
     slow = SlowSyncs(models, optimizers, config, steps=STEPS)
     losses = [[] for _ in models]
     for step in range(1, STEPS + 1):
-        for head, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            losses[head].append(_update(model, optimizer, _batches(head)[step - 1]))
+        for head, model in enumerate(models):
+            losses[head].append(_gradients(model, _batches(head)[step - 1]))
+        if config.dense == "all_reduced":
+            for parameters in slow.full_rank:
+                mean = sum(parameter.grad for parameter in parameters) / heads
+                for parameter in parameters:
+                    parameter.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         slow.advance(step)
     dense = [
         {n: p.detach() for n, p in model.named_parameters() if "down" not in n or "down_proj" in n} for model in models
@@ -81,13 +90,11 @@ def _plain(heads, **settings):
     return losses, slow.shared, [dict(low_rank_modules(model)) for model in models], dense
 
 
-def _update(model, optimizer, ids):
+def _gradients(model, ids):
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
     return loss.item()
 
 
@@ -127,6 +134,8 @@ def _trained(world, heads, tensor, zero, settings, dtype=torch.float32):
         engine = _engine(runtime, zero, config, dtype)
         others = HeadExchange(runtime, config)
         syncs = HeadSync(engine.model, config, engine.store, others, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
+        if config.dense == "all_reduced":
+            engine.share_dense(DenseGradients(others, alike=engine.store.masters_alike))
         losses, reports, bits = [], [], []
         for step, ids in enumerate(_batches(runtime.head.index), 1):
             loss = _loss(engine, runtime, ids)
@@ -219,6 +228,9 @@ MORE = {
     "nesterov": ("tensor2", 2, {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "exchange": "dense"}),
     "shared": ("tensor2", 3, {"exchange": "shared"}),
     "shared factors": ("data2", 1, {"exchange": "shared", "reset": "factors", "adam": "clear"}),
+    "all reduced": ("data2", 0, {"dense": "all_reduced"}),
+    "all reduced in partitions": ("data2", 2, {"dense": "all_reduced", "reset": "factors"}),
+    "all reduced in pieces": ("tensor2", 3, {"dense": "all_reduced"}),
     "ranks": ("tensor2", 0, {"ranks": [2, 4], "exchange": "factors"}),
 }
 
@@ -271,10 +283,11 @@ def _rank(difference):
 
 def test_without_resets_the_rank_is_bounded_by_heads_and_with_them_it_grows(on_processes):
     before = {name: layer.base() for name, layer in low_rank_modules(_model(0)).items()}
-    for reset in SyncReset:
-        wholes = on_processes(_trained, 2, 2, 1, 0, {"reset": reset})[0][3]
+    cases = [({}, 1), ({"reset": "factors"}, STEPS // EVERY), ({"sync_every": 3, "delay": 1}, 1)]
+    for settings, draws in cases:
+        wholes = on_processes(_trained, 2, 2, 1, 0, settings)[0][3]
         ranks = [_rank(wholes[name] - weight) for name, weight in before.items()]
-        bound = 2 * RANK * (1 if reset == SyncReset.none else STEPS // EVERY)
+        bound = 2 * RANK * draws
         full = [min(weight.shape) for weight in before.values()]
         assert ranks == [min(bound, most) for most in full]
 
@@ -289,7 +302,9 @@ def test_the_sums_of_a_report_are_those_of_the_changes(on_processes):
         model = _model(head)
         optimizer = torch.optim.AdamW(_groups(model), betas=RATE["betas"], eps=RATE["eps"])
         for ids in _batches(head)[:EVERY]:
-            _update(model, optimizer, ids)
+            _gradients(model, ids)
+            optimizer.step()
+            optimizer.zero_grad()
         changes.append(torch.cat([layer.delta().flatten() for layer in low_rank_modules(model).values()]))
     for report in reports:
         assert report.delta_norms == pytest.approx([one.norm().item() for one in changes], rel=1e-4)
@@ -357,3 +372,29 @@ def test_heads_do_not_talk_between_syncs(on_processes, zero):
     for between, ever, head in on_processes(_partners, 4, zero):
         assert between == head
         assert ever > head
+
+
+def _refusing(world, zero, dtype):
+    """Updates of two heads that share dense gradients, the second of which refuses the first one."""
+    config = LteConfig(heads=2, dense="all_reduced")
+    with start(heads=2) as runtime:
+        engine = _engine(runtime, zero, config, dtype)
+        engine.share_dense(DenseGradients(HeadExchange(runtime, config), alike=engine.store.masters_alike))
+        told, masters = [], []
+        for number, ids in enumerate(_batches(runtime.head.index)[:2]):
+            engine.backward(_loss(engine, runtime, ids))
+            refuses = number == 0 and runtime.head.index == 1
+            told.append(engine.step(RATE["lr"], lambda norm, no=refuses: "too odd" if no else None).refused)
+            masters.append(_base_bits(engine, dense=True))
+        engine.close()
+        return told, masters
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [(0, torch.bfloat16), (2, torch.bfloat16), (3, torch.float32)])
+def test_heads_that_share_dense_gradients_refuse_together_and_stay_equal(on_processes, zero, dtype):
+    first, second = on_processes(_refusing, 2, zero, dtype)
+    assert first[0] == ["another head refused it", None]
+    assert second[0] == ["too odd", None]
+    for ours, theirs in zip(first[1], second[1], strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(*first[1], strict=True)), "the second one updates"

@@ -234,6 +234,51 @@ def test_a_sync_keeps_the_function_and_then_takes_up_only_what_is_new(reset, fac
     assert optimizer.state[layer.up]["step"] == 3, "Adam is kept"
 
 
+def _sgd_head(table, head, model, config, results):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    heads = _Heads(table, config.heads, head)
+    syncs = HeadSync(model, config, PlainStore(optimizer), heads, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
+    for step in range(1, STEPS + 1):
+        _update(model, optimizer, head, step)
+        syncs.advance(step, step, lambda _: [[1.0]], everything=False)
+    results[head] = model
+
+
+def test_with_a_sync_after_every_step_of_sgd_heads_are_one_layer_with_the_mean_of_products():
+    """W + s/N sum_n up_n down_n, of which each head's factors follow the gradient of that head's batch."""
+    config = LteConfig(heads=3, sync_every=1)
+
+    def layer_of(head):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+        to_low_rank(model, LoraConfig(rank=RANK, alpha=ALPHA, target_modules=["0"]), seed=1, head=head)
+        return model
+
+    table, results, models = _Table(3), {}, [layer_of(head) for head in range(3)]
+    start, scale = models[0][0].weight.detach().double(), models[0][0].scaling
+    pairs = [(model[0].down.detach().double(), model[0].up.detach().double()) for model in models]
+    for model in models:
+        keep_synced_(model, config)
+    threads = [
+        threading.Thread(target=_sgd_head, args=(table, head, model, config, results))
+        for head, model in enumerate(models)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for step in range(1, STEPS + 1):
+        weight = start + scale / 3 * sum(up @ down for down, up in pairs)
+        for head, (down, up) in enumerate(pairs):
+            x, y = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(100 * step + head)).double()
+            gradient = 2 / y.numel() * (x @ weight.t() - y).t() @ x
+            pairs[head] = down - 0.1 * scale * up.t() @ gradient, up - 0.1 * scale * gradient @ down.t()
+    expected = start + scale / 3 * sum(up @ down for down, up in pairs)
+    assert (expected - start).norm() > 0.05 * start.norm()
+    for model in results.values():
+        torch.testing.assert_close(model[0].weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_fragments_take_turns_and_all_layers_end_together():
     config = LteConfig(heads=2, sync_every=4, fragments=2, delay=1)
     reports = _fast(config)[0][2]
