@@ -90,9 +90,11 @@ def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
         (4, ["lte.reset=factors", "lte.adam=clear", "parallel=zero3", "lte.exchange=dense"]),
         (4, ["lte.reset=none", "parallel=zero2", "parallel.tensor=2"]),
         (2, [*OUTER, "lte.fragments=2", "lte.delay=1", "lte.exchange=dense"]),
-        (2, [*OUTER, "lora=none"]),
+        (2, [*OUTER, "lora=none", "lte.compression=bf16"]),
+        (4, ["lte.compression=int8", "parallel=zero2", "lte.exchange=dense"]),
+        (2, ["lte.compression=fp8", "lte.exchange=factors", "lte.delay=2"]),
     ],
-    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco"],
+    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco", "residuals", "primes"],
 )
 def test_a_run_resumed_at_a_sync_is_bitwise_the_same(run, tmp_path, count, words):
     assert run("whole", count, *words) == exits.DONE
