@@ -38,7 +38,13 @@ def begin_heads(run: Run) -> None:
         heads,
         seed=config.run.seed,
         scale=config.lora.scale if config.lora is not None else float,
+        measured=_measured(run),
     )
+
+
+def _measured(run: Run) -> list[str]:
+    """Layers of whose merged change the rank is told; none where tensor parallelism has cut the factors."""
+    return run.spectra.modules(run.model) if run.spectra is not None and run.runtime.tensor.size == 1 else []
 
 
 def drawn_for(run: Run) -> list[int]:

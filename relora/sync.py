@@ -10,8 +10,9 @@ Source: LTE, Huh et al. 2024 (arXiv 2402.16828); docs/lte.md derives the delayed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from relora.linear import BasePart, LowRankLinear
 from relora.lte import DenseSync, Exchange, FactorAdam, LteConfig, OuterOptimizer
 from relora.optimizer import clear_moments, scale_moments
 from relora.restart import ParameterStore
+from relora.spectrum import effective_rank, product_singular_values
 
 Pair = tuple[Tensor, Tensor]
 """down and up of one head."""
@@ -56,6 +58,8 @@ class SyncReport:
     """Cosine between two heads' changes, on average over pairs; None with one head, or without any change."""
     cosine_min: float | None
     cosine_max: float | None
+    effective_rank: float | None
+    """Of the mean change, on average over the layers that are measured and whose factors travelled; None without."""
     bytes: int
     """Sent by all processes of one head since the last report."""
     seconds: float
@@ -109,15 +113,18 @@ class HeadSync:
         seed: int,
         scale: Callable[[int], float],
         anchored: bool = False,
+        measured: Iterable[str] = (),
     ) -> None:
         """Take hold of a model.
 
         Args:
             scale: from an adapter rank to the factor on up @ down.
             anchored: remember dense parameters as they were after a sync, even if nothing of the settings asks for it.
+            measured: layers of whose mean change the effective rank is told.
         """
         self._config, self._store, self._heads, self._seed, self._scale = config, store, heads, seed, scale
         self.layers = low_rank_modules(model)
+        self._measured = frozenset(measured)
         factors = {id(factor) for layer in self.layers.values() for factor in (layer.down, layer.up)}
         full = [one for one in model.parameters() if one.requires_grad and id(one) not in factors]
         self.dense = full if config.dense == DenseSync.averaged else []
@@ -362,6 +369,8 @@ class HeadSync:
         else:
             tally.by_factors += 1
             downs, ups = self._gathered(item, delivery, result, tally)
+        if item.name in self._measured:
+            tally.ranks.append(effective_rank(product_singular_values(downs, ups)))
         tally.mean_squared += float(((ups.t() @ ups) * _gram(downs)).sum().clamp_min(0.0)) / part.layer_replicas
         if self._config.outer == OuterOptimizer.none:
             changed = layer.add_product_(precision, downs, ups, key, part, scaling=1.0)
@@ -559,6 +568,7 @@ class HeadSync:
             cosine_mean=sum(cosines) / len(cosines) if cosines else None,
             cosine_min=min(cosines, default=None),
             cosine_max=max(cosines, default=None),
+            effective_rank=fmean(tally.ranks) if tally.ranks else None,
             bytes=round(total_sent),
             seconds=0.0,
         )
@@ -572,6 +582,8 @@ class _Tally:
         self.known = torch.zeros(members, members, dtype=torch.float64)
         """Inner products of heads' changes, of which every head knows the whole."""
         self.by_factors = 0
+        self.ranks: list[float] = []
+        """Effective ranks of mean changes."""
 
     def weigh(self, part: BasePart) -> None:
         self.base_squared += _squared(part.weight) / part.replicas
