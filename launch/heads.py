@@ -13,7 +13,8 @@ from parallel.exchange import HeadExchange
 from parallel.mpi_carrier import MpiCarrier
 from relora.dense import DenseGradients
 from relora.lte import DenseSync, Exchange, HeadWeight, Transport
-from relora.sync import HeadSync, SyncReport
+from relora.sync import HeadSync
+from relora.sync_report import SyncReport
 
 
 def begin_heads(run: Run) -> None:
