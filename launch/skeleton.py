@@ -114,7 +114,7 @@ def _skeleton(
     packed, ranks = config.data.document_mask, config.lte.ranks if config.lte is not None else None
     head = ranks.index(max(ranks)) if ranks else 0  # the largest one
     with weightless(packed=packed):
-        phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor, head=head)
+        phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor, heads=[head])
         model = phase.model
         split_model(model, imagined_axis(tensor), config.parallel.tensor_plan)
         prepare_base_(model, config.torch_dtype, config.merge_precision)

@@ -36,7 +36,7 @@ def measured(runtime, words, tensor):
         config, hf_config = configured(words)
         lte, head = config.lte, meshed.head.index
         before = live_tensors()  # held, so that no address comes twice
-        phase = make_phase(config, hf_config, step=0, fresh=True, tensor=tensor, head=head)
+        phase = make_phase(config, hf_config, step=0, fresh=True, tensor=tensor, heads=[head])
         engine = make_engine(phase, config, meshed)
         others = HeadExchange(meshed, heads=HEADS, choice=lte.exchange, compression=lte.compression)
         if lte.dense == DenseSync.all_reduced:
@@ -102,7 +102,7 @@ def test_memory_and_bytes_of_heads_are_an_engines(on_processes, name):
     resident, in_microbatch, in_sync = (max(answer[index] for answer in answers) for index in range(3))
     total = plan.footprint.resident + plan.footprint.on_host
     if name == "delayed":  # what it brings may not have come yet
-        assert resident <= total <= 1.15 * resident
+        assert 0.995 * resident <= total <= 1.15 * resident
     else:
         assert total == pytest.approx(resident, rel=0.005)
         assert in_sync <= plan.sync.in_sync <= 2 * in_sync
