@@ -40,15 +40,17 @@ class Study:
     reference: tuple[int, int]
     """Machines and rhythm of the runs that learning rates are chosen by."""
     rates: dict[Family, tuple[float, ...]]
-    """Learning rates that are tried."""
+    """Learning rates that are tried first, each twice the one before."""
+    extensions: int
+    """How often a sweep whose best rate lies at an edge goes on beyond it."""
     overrides: tuple[str, ...]
     """Settings that all runs share."""
 
 
 FULL = Study(
-    steps=400,
+    steps=300,
     rank=8,
-    cycle=150,
+    cycle=100,
     rewarm=10,
     machines=(2, 4, 8),
     rhythms=(1, 10, 50),
@@ -60,16 +62,18 @@ FULL = Study(
         Family.lte_factors: (0.004, 0.008, 0.016),
         Family.diloco: (0.001, 0.002, 0.004),
     },
+    extensions=2,
     overrides=(
         "model.config.hidden_size=128",
+        "model.config.num_hidden_layers=2",
         "model.config.num_attention_heads=4",
         "model.config.intermediate_size=344",
         "model.config.initializer_range=0.088",  # 1 / sqrt(hidden_size): docs/results/quality.md tells why
         "data.sequence_length=64",
         "training.global_batch_size=16",
-        "schedule.warmup_steps=40",
+        "schedule.warmup_steps=30",
         "evaluation.every=50",
-        "evaluation.sequences=512",
+        "evaluation.sequences=256",
         "evaluation.batch_size=64",
     ),
 )
@@ -83,6 +87,7 @@ QUICK = replace(
     rhythms=(4,),
     reference=(2, 4),
     rates={family: rates[:1] for family, rates in FULL.rates.items()},
+    extensions=0,
     overrides=(
         "model.config.hidden_size=32",
         "model.config.num_attention_heads=4",
