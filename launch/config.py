@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from continual.data import DataConfig
+from launch.head_rules import check_lte
 from launch.model import ModelConfig
 from launch.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
@@ -223,9 +224,8 @@ class TrainConfig:
     @property
     def merge_precision(self) -> MergePrecision:
         """How base weights take up merges; without merges they need no extra bits."""
-        if self.lte is not None:
-            return self.lte.merge_precision
-        return self.relora.merge_precision if self.relora is not None else MergePrecision.nearest
+        merging = self.lte or self.relora
+        return MergePrecision.nearest if merging is None else merging.merge_precision
 
     @property
     def restarts(self) -> Restarts | None:
@@ -265,7 +265,7 @@ def check(config: TrainConfig) -> None:
                 "leave it at split, or set training.dtype=bf16"
             )
     if config.lte is not None:
-        _check_lte(config, config.lte)
+        check_lte(config, config.lte)
     stop = config.training.stop_after
     if stop is not None and stop >= steps:
         raise ConfigError(
@@ -273,29 +273,6 @@ def check(config: TrainConfig) -> None:
         )
     if steps > 0:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)
-
-
-def _check_lte(config: TrainConfig, lte: LteConfig) -> None:
-    if config.lora is None:
-        raise ConfigError("lte needs low-rank layers: choose lora=lora, or lte=none for full-rank training")
-    if config.relora is not None:
-        raise ConfigError(
-            "relora must be none with lte=heads, whose syncs merge: lte.reset=factors draws new factors at each; drop "
-            "the relora settings"
-        )
-    if config.lora.init_from is not None:
-        raise ConfigError(f"lora.init_from={config.lora.init_from} must be null with lte: heads draw their own factors")
-    rhythms = {
-        "evaluation.every": config.evaluation.every,
-        "checkpoint.every": config.checkpoint.every,
-        "training.stop_after": config.training.stop_after or 0,
-    }
-    for key, value in rhythms.items():
-        if value % lte.sync_every:
-            raise ConfigError(
-                f"{key} must be a multiple of lte.sync_every={lte.sync_every}, since only right after a sync all heads "
-                f"are one model, got {value}: try {-(-value // lte.sync_every) * lte.sync_every}"
-            )
 
 
 def check_mesh(config: TrainConfig, mesh: Mesh) -> None:

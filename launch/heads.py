@@ -1,4 +1,4 @@
-"""The sync of a run's heads: the merge, what the heads tell each other with it, and what the audience hears.
+"""The syncs of a run's heads: what the heads tell each other with them, and what the audience hears.
 
 Between syncs heads do not talk, so whatever all must agree on waits for the next one: a wish to stop, and a head
 that has refused too many updates.
@@ -9,41 +9,84 @@ from dataclasses import asdict
 
 from launch.guard import TrainingDiverged
 from launch.run import Run
-from relora.lte import sync
+from parallel.exchange import HeadExchange
+from relora.dense import DenseGradients
+from relora.lte import DenseSync, Exchange, HeadWeight
+from relora.sync import HeadSync, SyncReport
 
 
-def sync_run(run: Run) -> None:
-    """Merge the heads' mean change, and agree.
+def begin_heads(run: Run) -> None:
+    """Give a run whose heads train apart from now on its syncs; a warm start has none."""
+    config = run.config
+    if config.lte is None or run.state.step < config.warm_start_steps:
+        return
+    run.state.learned = run.state.learned or [0.0] * config.lte.fragments
+    heads = HeadExchange(run.runtime, config.lte)
+    if config.lte.dense == DenseSync.all_reduced:
+        run.engine.share_dense(DenseGradients(heads, alike=run.engine.store.masters_alike))
+    run.sync = HeadSync(
+        run.model,
+        config.lte,
+        run.engine.store,
+        heads,
+        seed=config.run.seed,
+        scale=config.lora.scale if config.lora is not None else float,
+    )
+
+
+def drawn_for(run: Run) -> list[int]:
+    """Heads whose factors this process draws at a restart; one for all where they share `down`."""
+    if run.sync is None:
+        return [0]
+    assert run.config.lte is not None
+    shared = run.config.lte.exchange == Exchange.shared
+    return [0 if shared else head for head in run.sync.hosted]
+
+
+def sync_run(run: Run, *, everything: bool) -> None:
+    """Do what of syncs is due after this step, and agree.
+
+    Args:
+        everything: sync all layers, and wait for it.
 
     Raises:
         TrainingDiverged: a head has refused too many updates; on all processes.
     """
-    config, state = run.config, run.state
-    assert config.lte is not None
-    assert run.heads is not None
+    assert run.sync is not None
+    state = run.state
+    ended = run.sync.advance(state.step, state.syncs + 1, lambda fragment: _words(run, fragment), everything=everything)
+    for report, said in ended:
+        _note(run, report, said)
+
+
+def _words(run: Run, fragment: int | None) -> list[list[float]]:
+    """What each head of this process says as a sync begins: weight, loss, a wish to stop, whether it cannot go on."""
+    config, state = run.config.lte, run.state
+    assert config is not None
+    last = -1 if fragment is None else fragment
+    weight = state.learned[last] if config.weight == HeadWeight.tokens else 1.0
+    for done in range(config.fragments) if fragment is None else [fragment]:
+        state.learned[done] = 0.0
     loss = math.nan if state.train_loss is None else state.train_loss
-    report, said = sync(
-        run.model,
-        config.lte,
-        run.engine.store,
-        run.heads,
-        seed=config.run.seed,
-        sync_index=state.syncs + 1,
-        words=(loss, run.stop.asked, run.diverged is not None),
-    )
-    losses, asked, diverged = (list(column) for column in zip(*said, strict=True))
-    run.stop.agreed = any(asked)
+    return [[weight, loss, float(run.stop.asked), float(run.diverged is not None)]]
+
+
+def _note(run: Run, report: SyncReport, said: list[list[float]]) -> None:
+    state = run.state
+    _, losses, asked, diverged = (list(column) for column in zip(*said, strict=True))
+    run.stop.agreed = run.stop.agreed or any(asked)
     state.syncs += 1
+    state.sync_seconds += report.seconds
     state.bytes_sent += report.bytes
-    mean = sum(losses) / len(losses)
+    mean = sum(weight * loss for weight, loss in zip(report.weights, losses, strict=True))
     run.watch.event("sync", state.step, loss=mean, losses=losses, **asdict(report))
     run.watch.say(
-        f"step {state.step}: sync {report.sync}, {report.layers} layers took up the mean of {config.lte.heads} heads "
-        f"(update {report.update_ratio:.2%} of the base), {report.bytes:,} bytes a head in {report.seconds:.2f} s, "
-        f"loss {mean:.4f}"
+        f"step {state.step}: sync {report.sync}, {report.layers} layers took up the mean of {len(report.members)} "
+        f"heads (update {report.update_ratio:.2%} of the base), {report.bytes:,} bytes a head in {report.seconds:.2f} s"
+        f", loss {mean:.4f}"
     )
     if any(diverged):
-        head = diverged.index(1.0)
+        head = report.members[diverged.index(1.0)]
         raise TrainingDiverged(
             run.diverged or f"head {head} has refused too many updates; the processes of that head say more"
         )

@@ -8,7 +8,7 @@ from torch import nn
 
 from continual.batches import Batch
 from launch.guard import TrainingDiverged
-from launch.heads import sync_run
+from launch.heads import drawn_for, sync_run
 from launch.objective import accumulate, mean_loss, validation_batches
 from launch.phase import low_rank_at
 from launch.run import Run
@@ -16,7 +16,6 @@ from launch.saves import note_published, save_checkpoint
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
 from parallel.collectives import sum_over
-from relora.lte import sync_due
 from relora.restart import cycle_of, restart, restart_due
 from relora.schedule import multiplier
 
@@ -36,10 +35,11 @@ def train(run: Run) -> bool:
     while state.step < total and not _asked_to_stop(run):
         update(run, clock)
         warm_start_ends = state.step == config.warm_start_steps
-        if config.relora is not None and restart_due(config.relora, state.step, total):
+        restarts = config.relora is not None and restart_due(config.relora, state.step, total)
+        if run.sync is not None:
+            sync_run(run, everything=restarts or state.step == total)
+        if restarts:
             restart_run(run)
-        if config.lte is not None and sync_due(config.lte, state.step, total):
-            sync_run(run)
         if _due(config.evaluation.every, state.step) or state.step == total:
             evaluate(run)
         if warm_start_ends:
@@ -65,10 +65,12 @@ def update(run: Run, clock: Stopwatch) -> None:
     scale = multiplier(state.step, config.schedule, total_steps=config.total_steps, restarts=config.restarts)
     lr = config.peak_lr(state.step) * scale
     batch = run.next_batch()
+    targets = _targets(run, batch)
+    state.learned = [count + targets for count in state.learned]
     part = accumulate(
         run.engine,
         batch,
-        targets=_targets(run, batch),
+        targets=targets,
         microbatch_size=run.microbatch,
         device=run.runtime.device,
     )
@@ -89,7 +91,7 @@ def update(run: Run, clock: Stopwatch) -> None:
         cycle=cycle,
         tokens=size * config.data.sequence_length,
         seconds=seconds,
-        head=run.runtime.head.index if config.lte is not None else None,
+        head=run.runtime.head.index if run.sync is not None else None,
     )
     if result.refused is not None:
         run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm)
@@ -97,7 +99,7 @@ def update(run: Run, clock: Stopwatch) -> None:
     try:
         run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
     except TrainingDiverged as error:
-        if config.lte is None:
+        if run.sync is None:
             raise
         run.diverged = str(error)  # the other heads hear of it at the next sync
 
@@ -106,7 +108,17 @@ def restart_run(run: Run) -> None:
     """Merge, redraw and reset at the end of a cycle; the learning rate's part is in the schedule."""
     config, state = run.config, run.state
     assert config.relora is not None
-    report = restart(run.model, config.relora, run.engine.store, seed=config.run.seed, restart_index=state.restarts + 1)
+    report = restart(
+        run.model,
+        config.relora,
+        run.engine.store,
+        seed=config.run.seed,
+        restart_index=state.restarts + 1,
+        heads=drawn_for(run),
+        merged=run.sync is not None,
+    )
+    if run.sync is not None:
+        run.sync.forget()
     state.restarts += 1
     run.watch.event("restart", state.step, **asdict(report))
     run.watch.say(
@@ -155,15 +167,18 @@ def _agree(run: Run, part: torch.Tensor) -> float:
     sums[1] = float(bool(run.stop))
     loss, stops = sum_over(axes.model, sums).tolist()
     run.stop.asked = stops > 0
-    if run.config.lte is None:
+    if run.sync is None:
         run.stop.agreed = run.stop.asked
     return float(loss)
 
 
 def _asked_to_stop(run: Run) -> bool:
     stop_after = run.config.training.stop_after
-    alone = run.runtime.world_size == 1 and run.config.lte is None
-    asked = bool(run.stop) if alone else run.stop.agreed
+    if run.sync is not None:
+        assert run.config.lte is not None
+        asked = run.stop.agreed and run.state.step % run.config.lte.sync_every == 0  # where a checkpoint can be
+    else:
+        asked = bool(run.stop) if run.runtime.world_size == 1 else run.stop.agreed
     return asked or (stop_after is not None and run.state.step >= stop_after)
 
 

@@ -6,7 +6,7 @@ own memory, then keeps its part; the next phase takes its values from the checkp
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from parallel.runtime import Runtime
 from parallel.tensor import split_model
 from parallel.tensor_plan import tensor_plan, tensor_regions
 from relora.adapter import load_adapter_
-from relora.convert import Conversion, planned_layers, prepare_base_, to_low_rank
-from relora.lte import keep_synced_
+from relora.convert import Conversion, LoraConfig, planned_layers, prepare_base_, to_low_rank
+from relora.lte import Exchange, keep_synced_
 from relora.optimizer import parameter_groups
 
 
@@ -61,14 +61,24 @@ def make_phase(
     conversion, adapter = None, None
     if low_rank_at(config, step):
         assert config.lora is not None
-        conversion = to_low_rank(model, config.lora, seed=config.run.seed, head=head)
-        if config.lte is not None:
-            keep_synced_(model, config.lte)
+        conversion = _converted(model, config, config.lora, head)
         if fresh and config.lora.init_from is not None:
             adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
     if tensor > 1:
         tensor_regions(model, tensor_plan(model, config.parallel.tensor_plan), size=tensor, index=0)
     return Phase(model=model, conversion=conversion, adapter=adapter)
+
+
+def _converted(model: nn.Module, config: TrainConfig, lora: LoraConfig, head: int) -> Conversion:
+    lte = config.lte
+    if lte is None:
+        return to_low_rank(model, lora, seed=config.run.seed)
+    shared = lte.exchange == Exchange.shared
+    rank = lte.rank_of(head)
+    lora = lora if rank is None else replace(lora, rank=rank)
+    conversion = to_low_rank(model, lora, seed=config.run.seed, head=0 if shared else head, train_down=not shared)
+    keep_synced_(model, lte)
+    return conversion
 
 
 def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:

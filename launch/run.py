@@ -15,10 +15,10 @@ from launch.spectra import Spectra
 from launch.state import RunState
 from launch.watch import Watch
 from parallel.engine import Engine
-from parallel.exchange import HeadExchange
 from parallel.runtime import Runtime
 from parallel.saving import Saver
 from relora.convert import Conversion
+from relora.sync import HeadSync
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,7 +28,9 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     runtime: Runtime
-    """Where this process stands."""
+    """Where this process stands in the current phase."""
+    apart: Runtime
+    """Where it stands when LTE's heads train apart; in a warm start all are one."""
     data: Data
     hf_config: PretrainedConfig
     engine: Engine
@@ -42,8 +44,8 @@ class Run:
     """Silent on all processes but the main one."""
     stop: StopRequest
     spectra: Spectra | None
-    heads: HeadExchange | None = None
-    """The way to LTE's other heads."""
+    sync: HeadSync | None = None
+    """The syncs of LTE's heads; None while all processes train as one."""
     diverged: str | None = None
     """Why this head cannot go on; the heads agree on it at the next sync."""
 
@@ -70,7 +72,7 @@ def show_model(run: Run) -> None:
     where = f"on {device}"
     if mesh.world_size > 1:
         stage = run.config.parallel.zero_stage
-        heads = f"{mesh.heads} heads x " if run.config.lte is not None else ""
+        heads = f"{mesh.heads} heads x " if mesh.heads > 1 else ""
         axes = f"{heads}{mesh.data} data x {mesh.tensor} tensor"
         where = f"on {mesh.world_size} processes ({axes}, ZeRO {stage}, {device})"
     trainable = run.engine.store.trainable_entries

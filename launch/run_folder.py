@@ -21,6 +21,7 @@ from relora.errors import ConfigError
 
 # What may differ between two attempts at the same run: where it runs, how it is watched, how memory is used.
 _FREE = (
+    "lte.heads",
     "checkpoint.",
     "parallel.",
     "evaluation.batch_size",
@@ -40,7 +41,16 @@ _FREE = (
     "data.workers",
 )
 # What a checkpoint from elsewhere (checkpoint.resume=PATH) must share: the shapes and the meaning of its tensors.
-_BOUND = ("lte.heads", "lte.reset", "model.", "lora.rank", "lora.target_modules", "lora.dense", "data.tokenizer")
+_BOUND = (
+    "lte.reset",
+    "lte.exchange",
+    "lte.fragments",
+    "model.",
+    "lora.rank",
+    "lora.target_modules",
+    "lora.dense",
+    "data.tokenizer",
+)
 
 
 @dataclass(kw_only=True, slots=True)

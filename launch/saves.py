@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from launch.config import resolved
 from launch.description import describe
 from launch.forms import write_folder
+from launch.head_state import KIND, held_of_syncs, load_syncs
 from launch.model import in_place_of
 from launch.run import Run
 from launch.snapshot import Snapshot, is_shared, of_head
@@ -34,13 +35,15 @@ def save_checkpoint(run: Run) -> None:
     state = run.state
     state.note_best(step_name(state.step))
     held: Held = {**_held(run), "generators": _generators(run.runtime)}
+    if run.sync is not None:
+        held[KIND] = held_of_syncs(run)
     plain = {
         "run": state.to_dict(),
         "config": resolved(run.config),
         "data": run.data.fingerprint,
         "data_processes": run.runtime.batch.size,
     }
-    if run.config.lte is not None:
+    if run.sync is not None:
         by_process = gather_objects(run.runtime, (run.runtime.head.index, state.own()))
         plain["heads"] = {str(head): own for head, own in reversed(by_process)}
     run.saver.save(state.step, held, plain, best=state.best_checkpoint)
@@ -70,18 +73,24 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
         ConfigError: its tensors are not this model's.
     """
     store, wanted = run.engine.store, set(_held(run)["model"])
-    stored = {name for name in checkpoint.names("model") if is_shared(name) or name in wanted}
-    begins = run.conversion is not None and not any(name.endswith(".down") for name in stored)
+    names = checkpoint.names("model")
+    stored = {name for name in names if is_shared(name) or name in wanted}
+    begins = run.conversion is not None and not any(name.endswith(".down") for name in names)
     if begins:
-        wanted = {name for name in wanted if not name.endswith((".down", ".up", ".extra_bits"))}
+        leaves = tuple(f".{leaf}" for leaf in (*_FACTORS, "extra_bits"))
+        wanted = {name for name in wanted if not name.endswith(leaves)}
+    elif stored.isdisjoint(own := {name for name in wanted if not is_shared(name)}):  # a head that was not there
+        wanted -= own
     for name in sorted(wanted ^ stored):
         side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
         raise ConfigError(f"{checkpoint.folder} is of another model: {side} {name}")
     read = _reader(checkpoint, run)
     store.load(_first_cycle(read, run.model) if begins else read)
     _set_generators(checkpoint, run)
-    if run.config.lte is not None:
-        run.state.take_own(checkpoint.state["heads"][str(run.runtime.head.index)])
+    if run.sync is not None:
+        of_heads = checkpoint.state.get("heads", {})
+        run.state.take_own(of_heads.get(str(run.runtime.head.index), {}))
+        load_syncs(run, checkpoint)
     return begins
 
 
@@ -121,7 +130,7 @@ def _stored_name(run: Run, kind: str, name: str) -> str:
     parameter, _, key = name.partition("/")
     owner, _, leaf = parameter.rpartition(".")
     factor = leaf in _FACTORS and run.conversion is not None and owner in run.conversion.low_rank
-    if run.config.lte is None or not (factor or (kind == "optimizer" and key != "master")):
+    if run.sync is None or not (factor or (kind == "optimizer" and key != "master")):
         return name
     return of_head(run.runtime.head.index, name)
 
@@ -130,7 +139,8 @@ def _reader(checkpoint: Checkpoint, run: Run) -> Read:
     names = {kind: set(checkpoint.names(kind)) for kind in ("model", "optimizer")}
 
     def read(kind: str, name: str, region: Region) -> Tensor | None:
-        stored = _stored_name(run, kind, name)
+        own = _stored_name(run, kind, name)
+        stored = own if own in names[kind] else name  # of a warm start, all heads take the same
         return checkpoint.part(kind, stored, region) if stored in names[kind] else None
 
     return read

@@ -22,6 +22,10 @@ class RunState:
     """Finished syncs of LTE."""
     bytes_sent: int = 0
     """What one head has sent to the others."""
+    sync_seconds: float = 0.0
+    """Wall time in which training stood still for syncs."""
+    learned: list[float] = field(default_factory=list)
+    """Targets that this head has learned from since the last sync of each fragment of LTE's layers."""
     skipped: list[int] = field(default_factory=list)
     """Steps whose update was refused."""
     losses: list[float] = field(default_factory=list)
@@ -58,7 +62,7 @@ class RunState:
 
     def own(self) -> dict[str, Any]:
         """What differs between LTE's heads."""
-        return {name: getattr(self, name) for name in ("skipped", "losses", "grad_norms", "train_loss")}
+        return {name: getattr(self, name) for name in ("skipped", "losses", "grad_norms", "train_loss", "learned")}
 
     def take_own(self, values: dict[str, Any]) -> None:
         """Take over what `own` gave."""

@@ -21,6 +21,7 @@ from launch.console import Console, make_console
 from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
+from launch.heads import begin_heads
 from launch.loop import evaluate, train, validation_loss
 from launch.model import model_config, name_special_tokens, save_model
 from launch.phase import make_engine, make_phase
@@ -38,9 +39,8 @@ from launch.usage import asks_for_help, train_help
 from launch.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
-from parallel.exchange import HeadExchange
 from parallel.launchers import own_words
-from parallel.runtime import Runtime, start
+from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.errors import ConfigError
@@ -96,11 +96,14 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     state = RunState.from_dict(resume.state["run"]) if resume else RunState()
     if resume:
         _check_data(folder, data)
+    apart = runtime
+    if state.step < config.warm_start_steps:
+        runtime = as_one(apart, config.parallel.timeout_seconds)
     tensor = runtime.tensor.size
     head = runtime.head.index
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, head=head)
-    bounded = [] if config.lte is None else bounded_layers(phase.model, config.lte)
-    here = environment(runtime.device, mesh=runtime.mesh)
+    bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
+    here = environment(runtime.device, mesh=apart.mesh)
     on_main(runtime, lambda: folder.begin(config, here, step=state.step))
     if resume is None and config.run.save_start and phase.conversion is not None:
         on_main(runtime, lambda: save_model(phase.model, folder.path / "start", data.tokenizer, dtype=torch.float32))
@@ -108,6 +111,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         config=config,
         folder=folder,
         runtime=runtime,
+        apart=apart,
         data=data,
         hf_config=hf_config,
         engine=make_engine(phase, config, runtime),
@@ -122,8 +126,8 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
-        heads=None if config.lte is None else HeadExchange(runtime, config.lte.exchange),
     )
+    begin_heads(run)
     _introduce(run)
     if bounded:
         run.watch.say(
@@ -217,6 +221,7 @@ def finish(run: Run) -> dict[str, Any]:
         "restarts": state.restarts,
         "syncs": state.syncs,
         "bytes_sent": state.bytes_sent,
+        "sync_seconds": round(state.sync_seconds, 3),
         "skipped": len(state.skipped),
         "tokens_per_second": round(state.tokens / seconds, 1) if seconds else None,
         "peak_memory_bytes": max(gather_objects(run.runtime, state.peak_memory_bytes)),

@@ -8,6 +8,7 @@ import gc
 
 import torch
 
+from launch.heads import begin_heads
 from launch.phase import make_engine, make_phase
 from launch.run import Run, show_model
 from launch.saves import last_checkpoint, load_checkpoint, save_folder
@@ -20,9 +21,18 @@ def begin_low_rank(run: Run) -> None:
     run.engine.close()
     del run.engine
     gc.collect()  # the old engine's and its model's memory, which refer to each other
-    phase = make_phase(run.config, run.hf_config, step=run.state.step, fresh=False, tensor=run.runtime.tensor.size)
+    run.runtime = run.apart
+    phase = make_phase(
+        run.config,
+        run.hf_config,
+        step=run.state.step,
+        fresh=False,
+        tensor=run.runtime.tensor.size,
+        head=run.runtime.head.index,
+    )
     run.conversion = phase.conversion
     run.engine = make_engine(phase, run.config, run.runtime)
+    begin_heads(run)
     load_checkpoint(run, checkpoint)
     run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)
     show_model(run)

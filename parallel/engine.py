@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,35 @@ class StepResult:
     """Why the update was not made, or None."""
 
 
+class SharedGradients(Protocol):
+    """What LTE's heads do together in each update, if their dense parameters share gradients."""
+
+    def agree(self, may: bool) -> bool:
+        """Tell the other heads whether this one may update; returns whether all may."""
+
+    def average(self, gradients: Sequence[Tensor]) -> None:
+        """Replace gradients by their means over heads."""
+
+
 class _GatedAdamW(torch.optim.AdamW):
     """AdamW that asks before it updates; the engine calls it when gradients are reduced and clipped."""
 
     gate: Callable[[], bool]
+    shared: SharedGradients | None = None
 
     def step(self, closure: Any = None) -> Any:
-        return super().step(closure) if self.gate() else None
+        if not self.gate():
+            return None
+        if self.shared is not None:
+            self.shared.average(self._dense_gradients())
+        return super().step(closure)
+
+    def _dense_gradients(self) -> list[Tensor]:
+        dense = [one for group in self.param_groups if group["name"].startswith("dense") for one in group["params"]]
+        for parameter in dense:  # every head must bring the same tensors
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in dense]
 
 
 class Engine:
@@ -106,6 +128,10 @@ class Engine:
             spread=self._stage > 0 and runtime.data.size > 1,
         )
 
+    def share_dense(self, shared: SharedGradients) -> None:
+        """Average the gradients of dense parameters with the other heads', clipped, in each update."""
+        self._optimizer.shared = shared
+
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for one microbatch."""
         return self._engine(**inputs)
@@ -131,6 +157,8 @@ class Engine:
         self._engine.step()
         if self._result is None:  # DeepSpeed refused by itself: the norm was not finite
             norm = float("inf")
+            if self._optimizer.shared is not None:
+                self._optimizer.shared.agree(False)
             self._result = StepResult(grad_norm=norm, refused=admit(norm) or "gradients are not finite")
         self._admit = None
         return self._result
@@ -141,7 +169,10 @@ class Engine:
             return False
         if self._result is None:
             norm = self._norm_and_clip()
-            self._result = StepResult(grad_norm=norm, refused=self._admit(norm))
+            refused = self._admit(norm)
+            if self._optimizer.shared is not None and not self._optimizer.shared.agree(refused is None):
+                refused = refused or "another head refused it"
+            self._result = StepResult(grad_norm=norm, refused=refused)
         return self._result.refused is None
 
     def _norm_and_clip(self) -> float:

@@ -55,6 +55,11 @@ class Region:
         """Whether the part is a flat range; otherwise it has `cut_shape`."""
         return self.count is not None
 
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        return self.cut_shape if self.count is None else (self.count,)
+
     def flat(self, start: int, count: int) -> "Region":
         """The flat range of this region's cut."""
         assert self.count is None, "a flat range is taken once"

@@ -95,6 +95,17 @@ def start(*, tensor: int = 1, heads: int = 1, timeout_seconds: float = DEFAULT_T
         dist.destroy_process_group()
 
 
+def as_one(runtime: Runtime, timeout_seconds: float) -> Runtime:
+    """The same processes as one head, whose data axis spans all of them.
+
+    Collectives: makes groups, by all processes alike.
+    """
+    if runtime.mesh.heads == 1:
+        return runtime
+    mesh = mesh_of(runtime.world_size, tensor=runtime.mesh.tensor, heads=1)
+    return _on_mesh(runtime.process_rank, mesh, timeout_seconds)
+
+
 def _open(found: Announcement, backend: str, timeout_seconds: float) -> None:
     limit = timedelta(seconds=timeout_seconds)
     if found.address is None:

@@ -83,6 +83,10 @@ class Shards:
         down, up = self._gathered(pair)
         return down.view(self._region(layer.down).cut_shape), up.view(self._region(layer.up).cut_shape)
 
+    def factor_shapes(self, layer: LowRankLinear) -> tuple[Sequence[int], Sequence[int]]:
+        """Their shapes."""
+        return self._region(layer.down).cut_shape, self._region(layer.up).cut_shape
+
     def base(self, layer: LowRankLinear) -> BasePart:
         """This process's part of a layer's base weight."""
         data, tensor = self._runtime.data.size, self._runtime.tensor.size
@@ -106,8 +110,8 @@ class Shards:
     def write(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Set this process's parts of the master and of the copy that the next forward pass uses."""
         cut = self._region(parameter).cut(whole)
-        place = self._places[parameter]
-        if self.has_master(parameter):
+        if parameter.requires_grad and self.has_master(parameter):
+            place = self._places[parameter]
             place.of(place.owner.detach()).copy_(cut.reshape(-1)[place.start : place.start + place.count])
         self._write_live(parameter, cut.reshape(-1))
 
@@ -153,11 +157,22 @@ class Shards:
         sizes = [math.prod(self._region(parameter).cut_shape) for parameter in parameters]
         flat = torch.zeros(sum(sizes), device=self._runtime.device)
         for parameter, target in zip(parameters, flat.split(sizes), strict=True):
-            place = self._places[parameter]
-            target[place.start : place.start + place.count] = place.of(place.owner.detach())
+            start, values = self._exact(parameter)
+            target[start : start + len(values)] = values
         if self._spread:
             sum_over(self._runtime.data, flat)
         return list(flat.split(sizes))
+
+    def _exact(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """Where this process's part of the master begins, and the part; of a frozen parameter, of what there is."""
+        if parameter in self._places:
+            place = self._places[parameter]
+            return place.start, place.of(place.owner.detach())
+        if is_partitioned(parameter):
+            drop_whole([parameter])
+            return piece_range(parameter)[0], piece(parameter)
+        whole = parameter.detach().view(-1)
+        return 0, whole if not self._spread or self._runtime.data.index == 0 else whole[:0]
 
     # ---- for measurements
 
@@ -248,6 +263,22 @@ class Shards:
         return state
 
     # ---- regions
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Name of a parameter."""
+        return self._names[parameter]
+
+    def region(self, name: str) -> Region:
+        """What tensor parallelism leaves here of a parameter."""
+        return self._regions[name]
+
+    def base_region(self, layer: LowRankLinear) -> Region:
+        """What `base` returns, of the whole weight."""
+        return self._live(self._names[layer.weight], layer.weight)[0]
+
+    def master_region(self, parameter: nn.Parameter) -> Region:
+        """What `master` returns, of the whole parameter."""
+        return self._optimizer_region(parameter)
 
     def _region(self, parameter: nn.Parameter) -> Region:
         return self._regions[self._names[parameter]]

@@ -157,8 +157,12 @@ def to_low_rank(
     seed: int,
     head: int = 0,
     merge_precision: MergePrecision | None = None,
+    train_down: bool = True,
 ) -> Conversion:
     """Make the matched layers low-rank in place, without changing the model's function, and set what trains.
+
+    Args:
+        train_down: whether `down` trains; otherwise only `up` learns (FFA-LoRA, arXiv 2403.12313).
 
     Raises: ConfigError when a target or a rank fits no layer.
     """
@@ -166,6 +170,7 @@ def to_low_rank(
         layer = LowRankLinear.from_module(module, adapter_rank=rank, scaling=config.scale(rank), dropout=config.dropout)
         drawn = draw_down(name, (rank, layer.in_features), seed=seed, head=head)
         layer.down.data.copy_(drawn)
+        layer.down.requires_grad_(train_down)
         if merge_precision == MergePrecision.split and layer.weight.dtype == torch.bfloat16:
             layer.extra_bits = torch.zeros_like(layer.weight, dtype=torch.int16, requires_grad=False)
         parent, _, leaf = name.rpartition(".")
@@ -239,7 +244,7 @@ def _set_trainable(model: nn.Module, config: LoraConfig) -> Conversion:
         row = rows.setdefault(kind, _empty_row(kind, "low-rank"))
         row.modules += 1
         row.parameters += layer.weight.numel()
-        row.trainable += layer.down.numel() + layer.up.numel()
+        row.trainable += sum(factor.numel() for factor in (layer.down, layer.up) if factor.requires_grad)
     kinds = parameter_kinds(model)
     wrapped = {id(part) for layer in layers.values() for part in (layer.weight, layer.down, layer.up)}
     dense: list[str] = []

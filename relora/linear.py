@@ -46,6 +46,8 @@ class LowRankLinear(nn.Module):
     extra_bits: Tensor | None
     synced_down: Tensor | None
     synced_up: Tensor | None
+    hosted: int = 1
+    """Heads of LTE whose factors it holds."""
 
     def __init__(
         self,
@@ -113,19 +115,27 @@ class LowRankLinear(nn.Module):
     def change(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.
 
-        These themselves; where LTE keeps those of the last sync, which the base weight has taken up already, both side
-        by side, so that their product is up @ down - synced_up @ synced_down.
+        Their product is up @ down less what LTE's last sync has put into the base weight: synced_up @ synced_down.
         Shapes: (k, in), (out, k), with k once or twice the adapter rank.
         """
-        if self.synced_down is None or self.synced_up is None:
+        return self.change_from((down, up), (self.synced_down, self.synced_up))
+
+    @staticmethod
+    def change_from(now: tuple[Tensor, Tensor], synced: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Return factors of the product of `now` less that of `synced`, if any; no synced down means the same one."""
+        (down, up), (synced_down, synced_up) = now, synced
+        if synced_up is None:
             return down, up
-        return torch.cat([down, self.synced_down.to(down)]), torch.cat([up, -self.synced_up.to(up)], dim=1)
+        if synced_down is None:
+            return down, up - synced_up.to(up)
+        return torch.cat([down, synced_down.to(down)]), torch.cat([up, -synced_up.to(up)], dim=1)
 
     @torch.no_grad()
     def keep_synced_(self) -> None:
         """Make room for the factors of the last sync; they are zero, since there was none yet."""
-        self.synced_down = torch.zeros_like(self.down, dtype=torch.float32, requires_grad=False)
         self.synced_up = torch.zeros_like(self.up, dtype=torch.float32, requires_grad=False)
+        if self.down.requires_grad:
+            self.synced_down = torch.zeros_like(self.down, dtype=torch.float32, requires_grad=False)
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's printout."""
@@ -184,9 +194,21 @@ class LowRankLinear(nn.Module):
         return self.add_product_(precision, *self._factors(down, up), key, part)
 
     @torch.no_grad()
-    def add_product_(self, precision: MergePrecision, down: Tensor, up: Tensor, key: int | None, part: BasePart) -> int:
-        """Add scaling * up @ down to a part of the base weight, for factors of any rank; return the entries changed."""
-        return _add_blocks_(self._product_blocks(down, up, part), precision, key, part)
+    def add_product_(
+        self,
+        precision: MergePrecision,
+        down: Tensor,
+        up: Tensor,
+        key: int | None,
+        part: BasePart,
+        *,
+        scaling: float | None = None,
+    ) -> int:
+        """Add scaling * up @ down to a part of the base weight, for factors of any rank; return the entries changed.
+
+        Without a scaling, the layer's own.
+        """
+        return _add_blocks_(self._product_blocks(down, up, part, scaling), precision, key, part)
 
     @torch.no_grad()
     def add_part_(self, precision: MergePrecision, delta: Tensor, key: int | None, part: BasePart) -> int:
@@ -196,19 +218,21 @@ class LowRankLinear(nn.Module):
         return _add_blocks_(((inside, delta[inside]) for inside in places), precision, key, part)
 
     @torch.no_grad()
-    def product_part(self, down: Tensor, up: Tensor, part: BasePart) -> Tensor:
+    def product_part(self, down: Tensor, up: Tensor, part: BasePart, *, scaling: float | None = None) -> Tensor:
         """Return scaling * up @ down in float32, where a part of the base weight is, flat."""
         delta = torch.empty(part.weight.numel(), device=part.weight.device)
-        for inside, block in self._product_blocks(down, up, part):
+        for inside, block in self._product_blocks(down, up, part, scaling):
             delta[inside] = block
         return delta
 
-    def _product_blocks(self, down: Tensor, up: Tensor, part: BasePart) -> Iterator[tuple[slice, Tensor]]:
+    def _product_blocks(
+        self, down: Tensor, up: Tensor, part: BasePart, scaling: float | None
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Yield a product where a part of the base weight is, block by block."""
         down, up = (factor.to(part.weight.device) for factor in (down, up))
         left, right = (down.t(), up.t()) if self.transposed else (up, down)
         for rows, inside, skipped in _row_blocks(part.start, part.weight.numel(), right.shape[1]):
-            delta = _product(left[rows], right, self.scaling).view(-1)
+            delta = _product(left[rows], right, self.scaling if scaling is None else scaling).view(-1)
             yield inside, delta[skipped:][: inside.stop - inside.start]
 
     def whole_base(self) -> BasePart:

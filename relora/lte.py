@@ -1,30 +1,21 @@
-"""LTE: low-rank heads that train apart, and the sync that folds their mean update into the shared base weight.
+"""LTE's settings, and when which layers sync.
 
-Between syncs a head computes with W + s (up down - up' down'), primes being its factors at the last sync. A sync adds
-the mean over heads of that change to W, so that right after it all heads compute the same function: with W alone.
-Products are averaged, never factors. It knows no processes: `Heads` reaches the other heads, a ParameterStore
-what this one holds.
+Heads train low-rank factors apart; a sync folds their mean change into the base weight that all of them share. The
+algorithm is in relora/sync.py, what travels in relora/heads.py.
 Source: LTE, Huh et al. 2024 (arXiv 2402.16828); docs/lte.md says what differs from its code and why.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
-from relora.initialize import draw_down, key_of
-from relora.linear import BasePart, LowRankLinear
-from relora.optimizer import clear_moments
+from relora.heads import Compression
 from relora.precision import MergePrecision
-from relora.restart import ParameterStore
 
 
 class SyncReset(str, Enum):
@@ -41,17 +32,58 @@ class FactorAdam(str, Enum):
 
     keep = "keep"
     clear = "clear"
+    scale = "scale"
+    """Both moments are multiplied by lte.adam_scale."""
 
 
 class Exchange(str, Enum):
-    """What of a layer's change travels between heads; all ways have the same result."""
+    """What of a layer's change travels between heads; but for `shared`, all ways have the same result."""
 
     auto = "auto"
-    """For each layer, whichever is fewer bytes."""
+    """For each layer factors or dense, whichever is fewer bytes."""
     factors = "factors"
-    """The factors of the change, from every head to every other."""
+    """The factors, from every head to every other."""
     dense = "dense"
-    """The change itself, summed."""
+    """The change itself, averaged."""
+    shared = "shared"
+    """All heads have the same `down`, which does not train: the mean of `up` is the mean change's."""
+
+
+class Transport(str, Enum):
+    """What carries a sync."""
+
+    torch = "torch"
+    """torch.distributed: NCCL between GPUs, gloo between CPUs."""
+    mpi = "mpi"
+    """mpi4py, on processes that an MPI launcher started."""
+
+
+class HeadWeight(str, Enum):
+    """How much a head counts in a mean."""
+
+    equal = "equal"
+    tokens = "tokens"
+    """By the tokens it has learned from since the last sync."""
+
+
+class DenseSync(str, Enum):
+    """How parameters that train at full rank keep together; lora.dense says which they are."""
+
+    averaged = "averaged"
+    """Each head trains them for itself, and a sync averages them."""
+    all_reduced = "all_reduced"
+    """Their gradients are averaged over heads in every step, so they are the same at all times."""
+
+
+class OuterOptimizer(str, Enum):
+    """What is done with the heads' mean change before it is merged."""
+
+    none = "none"
+    """It is merged as it is."""
+    sgd = "sgd"
+    """Times lte.outer_lr, with heavy-ball momentum if lte.outer_momentum is above 0."""
+    nesterov = "nesterov"
+    """The same with Nesterov's momentum, as in DiLoCo (Douillard et al. 2023, arXiv 2311.08105)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,265 +93,138 @@ class LteConfig:
     heads: int = 2
     """Groups of processes, each with factors, data and Adam state of its own."""
     sync_every: int = 10
-    """Steps between syncs; the last step of the run ends with one, too."""
+    """Steps between the syncs of a layer; the last step of the run ends with a sync of all, too."""
     reset: SyncReset = SyncReset.none
-    """none (factors stay: the sum's rank is at most heads x lora.rank) or factors (drawn anew at each sync)."""
+    """none (factors stay: the sum's rank is at most heads x lora.rank) or factors (drawn anew)."""
+    reset_every: int = 1
+    """Syncs of a layer from one draw to the next, with lte.reset=factors."""
     adam: FactorAdam = FactorAdam.keep
-    """keep or clear the Adam state of factors that lte.reset=factors draws anew."""
+    """keep, clear or scale the Adam state of factors that lte.reset=factors draws anew."""
+    adam_scale: float | None = None
+    """What lte.adam=scale multiplies both moments by."""
     exchange: Exchange = Exchange.auto
-    """What travels between heads: auto (the fewer bytes, layer by layer), factors or dense."""
+    """What travels between heads: auto (the fewer bytes, layer by layer), factors, dense or shared."""
+    compression: Compression = Compression.none
+    """How it is rounded for the way: none (fp32), bf16, fp8 or int8."""
+    transport: Transport = Transport.torch
+    """torch (NCCL, gloo) or mpi."""
+    weight: HeadWeight = HeadWeight.equal
+    """equal, or by the tokens that a head has learned from since the last sync."""
+    ranks: list[int] | None = None
+    """Adapter rank of each head, in place of lora.rank; null: all have that."""
+    dense: DenseSync = DenseSync.averaged
+    """averaged (at syncs) or all_reduced (their gradients, in every step)."""
+    outer: OuterOptimizer = OuterOptimizer.none
+    """none, sgd or nesterov, on the mean change."""
+    outer_lr: float | None = None
+    """Learning rate of lte.outer; DiLoCo takes 0.7."""
+    outer_momentum: float | None = None
+    """Momentum of lte.outer; DiLoCo takes 0.9."""
+    fragments: int = 1
+    """Groups of layers that sync in turn, spread over lte.sync_every steps."""
+    delay: int = 0
+    """Steps that heads go on training while a sync is on its way; 0: they wait for it."""
     merge_precision: MergePrecision = MergePrecision.split
     """How a bfloat16 base weight takes up a sync: split, stochastic or nearest; no matter in float32."""
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for key in ("heads", "sync_every"):
+        for key in ("heads", "sync_every", "reset_every", "fragments"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"lte.{key} must be at least 1, got {getattr(self, key)}")
-        if self.adam == FactorAdam.clear and self.reset == SyncReset.none:
+        self._check_reset()
+        self._check_outer()
+        if self.fragments > self.sync_every:
             raise ConfigError(
-                "lte.adam=clear has no effect with lte.reset=none, which keeps the factors: leave it out, or choose "
-                "lte.reset=factors"
+                f"lte.fragments={self.fragments} must be at most lte.sync_every={self.sync_every}: one syncs at a time"
+            )
+        if not 0 <= self.delay < self.sync_every // self.fragments:
+            raise ConfigError(
+                f"lte.delay={self.delay} must be 0 or more, and below lte.sync_every / lte.fragments = "
+                f"{self.sync_every // self.fragments} steps: one sync is on its way at a time"
+            )
+        if self.ranks is not None and (len(self.ranks) != self.heads or min(self.ranks) < 1):
+            raise ConfigError(
+                f"lte.ranks must be {self.heads} ranks of at least 1, one for each head, got {self.ranks}"
             )
 
+    def _check_reset(self) -> None:
+        if self.reset == SyncReset.none:
+            for key, usual in (("adam", FactorAdam.keep), ("adam_scale", None), ("reset_every", 1)):
+                value = getattr(self, key)
+                if value != usual:
+                    told = value.value if isinstance(value, Enum) else value
+                    raise ConfigError(
+                        f"lte.{key}={told} has no effect with lte.reset=none, which keeps the factors: leave it out, "
+                        "or choose lte.reset=factors"
+                    )
+        if (self.adam == FactorAdam.scale) != (self.adam_scale is not None):
+            raise ConfigError(
+                f"lte.adam=scale and lte.adam_scale belong together, got lte.adam={FactorAdam(self.adam).value} and "
+                f"lte.adam_scale={self.adam_scale}"
+            )
+        if self.adam_scale is not None and not 0 < self.adam_scale < 1:
+            raise ConfigError(
+                f"lte.adam_scale must be between 0 (lte.adam=clear) and 1 (lte.adam=keep), got {self.adam_scale}"
+            )
 
-class Heads(Protocol):
-    """Access to the other heads; all call the same methods in the same order.
+    def _check_outer(self) -> None:
+        settings = (self.outer_lr, self.outer_momentum)
+        if self.outer == OuterOptimizer.none:
+            if settings != (None, None):
+                raise ConfigError(
+                    "lte.outer_lr and lte.outer_momentum have no effect with lte.outer=none: leave them out"
+                )
+            return
+        if self.outer_lr is None or not self.outer_lr > 0:
+            raise ConfigError(f"lte.outer_lr must be above 0 with lte.outer, got {self.outer_lr}; DiLoCo takes 0.7")
+        if self.outer_momentum is None or not 0 <= self.outer_momentum < 1:
+            raise ConfigError(
+                f"lte.outer_momentum must be in [0, 1) with lte.outer, got {self.outer_momentum}; DiLoCo takes 0.9"
+            )
+        if self.outer == OuterOptimizer.nesterov and not self.outer_momentum:
+            raise ConfigError("lte.outer=nesterov needs lte.outer_momentum above 0; lte.outer=sgd does without")
 
-    What they return is equal on all heads, bit for bit. A tensor is `alike` when all processes of a head that train on
-    different sequences bring the same: then each may send a part of it.
-    """
+    @property
+    def keeps_synced(self) -> bool:
+        """Whether factors outlive a sync, so that what the base weight has of them must be remembered."""
+        return self.reset == SyncReset.none or self.reset_every > 1
 
-    count: int
-    """How many there are."""
-    index: int
-    """Which one this is."""
-    sent: int
-    """Bytes that this process has sent to the others."""
+    def rank_of(self, head: int) -> int | None:
+        """A head's own adapter rank; None where all heads have lora.rank."""
+        return None if self.ranks is None else self.ranks[head]
 
-    def gather(self, own: Tensor, *, alike: bool) -> list[Tensor]:
-        """Return every head's flat tensor, in order of heads."""
+    def resets_at(self, step: int) -> bool:
+        """Whether the sync after so many steps ends with new factors."""
+        return self.reset == SyncReset.factors and -(-step // self.sync_every) % self.reset_every == 0
 
-    def mean(self, own: Tensor, *, alike: bool) -> tuple[Tensor, Tensor]:
-        """Return the mean of flat tensors over heads, and this process's share of the heads' inner products.
+    def beginning(self, step: int) -> int | None:
+        """The fragment whose sync begins after so many steps."""
+        return self.ending(step + self.delay) if step > 0 else None
 
-        Over the processes of all heads the shares sum to each part's products times the processes that hold it.
-        Shapes: as `own`; (count, count) in float64.
-        """
-
-    def by_factors(self, factors: int, part: int, *, alike: bool) -> bool:
-        """Tell whether a layer's factors travel (so many entries a head), or its dense change (so many here)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SyncReport:
-    """What one sync did; equal on all heads but for the time."""
-
-    sync: int
-    """Its index; the first is 1."""
-    layers: int
-    """Low-rank layers merged."""
-    by_factors: int
-    """How many of them sent factors rather than dense changes."""
-    update_ratio: float
-    """Norm of the merged mean change over the norm of all base weights."""
-    changed_share: float
-    """Share of the base weights' entries that changed; far below 1, the merge rounded away."""
-    delta_norms: list[float]
-    """Norm of each head's own change."""
-    shrinkage: float
-    """Norm of the mean change over the mean of those norms: 1 when heads agree, 1 / sqrt(heads) when orthogonal."""
-    cosine_mean: float | None
-    """Cosine between two heads' changes, on average over pairs; None with one head, or without any change."""
-    cosine_min: float | None
-    cosine_max: float | None
-    bytes: int
-    """Sent by all processes of one head."""
-    seconds: float
-    """Wall time."""
-
-
-def sync_due(config: LteConfig, step: int, total_steps: int) -> bool:
-    """Tell whether a sync follows the first `step` updates."""
-    return step > 0 and (step % config.sync_every == 0 or step == total_steps)
+    def ending(self, step: int) -> int | None:
+        """The fragment whose sync ends after so many steps; the last one ends at multiples of `sync_every`."""
+        ends = [
+            (fragment + 1) * self.sync_every // self.fragments % self.sync_every for fragment in range(self.fragments)
+        ]
+        return ends.index(step % self.sync_every) if step > 0 and step % self.sync_every in ends else None
 
 
 def keep_synced_(model: nn.Module, config: LteConfig) -> None:
-    """Make room for the factors of the last sync where the sync keeps factors."""
-    if config.reset == SyncReset.none:
-        for layer in low_rank_modules(model).values():
-            layer.keep_synced_()
+    """Make room for the factors of the last sync, where they stay."""
+    for layer in low_rank_modules(model).values() if config.keeps_synced else ():
+        layer.keep_synced_()
 
 
 def bounded_layers(model: nn.Module, config: LteConfig) -> list[str]:
     """Return the layers whose update can never reach full rank, however long the run; needs the whole layers."""
     if config.reset != SyncReset.none:
         return []
-    layers = low_rank_modules(model).items()
-    return [
-        name for name, layer in layers if config.heads * layer.adapter_rank < min(layer.in_features, layer.out_features)
-    ]
-
-
-@torch.no_grad()
-def sync(
-    model: nn.Module,
-    config: LteConfig,
-    store: ParameterStore,
-    heads: Heads,
-    *,
-    seed: int,
-    sync_index: int,
-    words: Sequence[float] = (),
-) -> tuple[SyncReport, list[list[float]]]:
-    """Merge the heads' mean change, average what trains densely; then keep the factors, or draw new ones.
-
-    Args:
-        words: a few numbers that this head tells the others.
-
-    Returns the report, and every head's words.
-    """
-    assert sync_index >= 1, "draw 0 is the conversion's"
-    began, sent = time.perf_counter(), heads.sent
-    layers = low_rank_modules(model)
-    tally = _Tally(heads.count)
-    for name, layer in layers.items():
-        down, up = store.factors(layer)
-        part = store.base(layer)
-        tally.weigh(part)
-        key = key_of(seed, "sync", name, sync_index)
-        _merge_mean(layer, layer.change(down, up), part, config.merge_precision, key, heads, tally)
-        if config.reset == SyncReset.factors:
-            _redraw(name, layer, config, store, seed=seed, head=heads.index, sync_index=sync_index)
-        elif layer.synced_down is not None and layer.synced_up is not None:
-            layer.synced_down.copy_(down)
-            layer.synced_up.copy_(up)
-    _average_dense(model, store, heads)
-    products, said = _closing(store, heads, tally, words)
-    base_squared, changes, entries, total_sent = store.total(
-        torch.cat([tally.sums, torch.tensor([heads.sent - sent], dtype=torch.float64)])
-    ).tolist()
-    mean_norm = float(products.sum().clamp_min(0.0)) ** 0.5 / heads.count
-    norms = products.diagonal().clamp_min(0.0).sqrt()
-    cosines = _cosines(products, norms)
-    report = SyncReport(
-        sync=sync_index,
-        layers=len(layers),
-        by_factors=tally.by_factors,
-        update_ratio=mean_norm / base_squared**0.5 if base_squared else 0.0,
-        changed_share=changes / max(1, entries),
-        delta_norms=norms.tolist(),
-        shrinkage=mean_norm / float(norms.mean()) if norms.any() else 1.0,
-        cosine_mean=sum(cosines) / len(cosines) if cosines else None,
-        cosine_min=min(cosines, default=None),
-        cosine_max=max(cosines, default=None),
-        bytes=round(total_sent),
-        seconds=time.perf_counter() - began,
-    )
-    return report, said
-
-
-class _Tally:
-    """Sums over the layers of one process."""
-
-    def __init__(self, heads: int) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # base squared, entries changed, entries
-        self.known = torch.zeros(heads, heads, dtype=torch.float64)
-        """Inner products of heads' changes, of which every head knows the whole."""
-        self.shared = torch.zeros(heads, heads, dtype=torch.float64)
-        """Those of which each head knows a share."""
-        self.by_factors = 0
-
-    def weigh(self, part: BasePart) -> None:
-        squared = float(torch.linalg.vector_norm(part.weight, dtype=torch.float64)) ** 2
-        self.sums += torch.tensor([squared, 0.0, part.weight.numel()], dtype=torch.float64) / part.replicas
-
-
-def _merge_mean(
-    layer: LowRankLinear,
-    change: tuple[Tensor, Tensor],
-    part: BasePart,
-    precision: MergePrecision,
-    key: int,
-    heads: Heads,
-    tally: _Tally,
-) -> None:
-    """Add the mean of the heads' changes to this process's part of a base weight."""
-    down, up = change
-    alike = part.replicas == part.layer_replicas
-    if heads.by_factors(down.numel() + up.numel(), part.weight.numel(), alike=alike):
-        tally.by_factors += 1
-        pairs = [
-            one.split([down.numel(), up.numel()])
-            for one in heads.gather(torch.cat([down.flatten(), up.flatten()]), alike=True)
-        ]
-        downs = torch.cat([first.view_as(down) for first, _ in pairs])
-        ups = torch.cat([second.view_as(up) for _, second in pairs], dim=1)
-        tally.known += _inner_products(downs, ups, heads.count) * (layer.scaling**2 / part.layer_replicas)
-        changed = layer.add_product_(precision, downs, ups.double() / heads.count, key, part)
-    else:
-        mean, products = heads.mean(layer.product_part(down, up, part), alike=alike)
-        tally.shared += products / part.replicas
-        changed = layer.add_part_(precision, mean, key, part)
-    tally.sums[1] += changed / part.replicas
-
-
-def _inner_products(downs: Tensor, ups: Tensor, heads: int) -> Tensor:
-    """Return tr(D_i' D_j) of the products D_i = up_i down_i, from the factors' Gram matrices."""
-    downs, ups = downs.double(), ups.double()
-    entries = (ups.t() @ ups) * (downs @ downs.t())
-    size = len(entries) // heads
-    return entries.view(heads, size, heads, size).sum((1, 3)).cpu()
-
-
-def _redraw(
-    name: str,
-    layer: LowRankLinear,
-    config: LteConfig,
-    store: ParameterStore,
-    *,
-    seed: int,
-    head: int,
-    sync_index: int,
-) -> None:
-    """Start a head's factors anew, as the conversion did."""
-    rank, inputs = store.shape(layer.down)
-    store.write(layer.down, draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=sync_index))
-    store.write(layer.up, torch.zeros(()).expand(store.shape(layer.up)))
-    if config.adam == FactorAdam.clear:
-        for parameter in (layer.down, layer.up):
-            moments = store.moments(parameter)
-            if moments is not None:
-                clear_moments(moments)
-
-
-def _average_dense(model: nn.Module, store: ParameterStore, heads: Heads) -> None:
-    """Set every parameter that trains at full rank to its mean over heads; Adam's state stays each head's own."""
-    factors = {id(factor) for layer in low_rank_modules(model).values() for factor in (layer.down, layer.up)}
-    dense = [one for one in model.parameters() if one.requires_grad and id(one) not in factors]
-    masters = [store.master(parameter) for parameter in dense]
-    if not masters:
-        return
-    mean, _ = heads.mean(torch.cat([master.float() for master in masters]), alike=store.masters_alike)
-    for master, value in zip(masters, mean.split([len(master) for master in masters]), strict=True):
-        master.copy_(value)
-    store.publish(dense)
-
-
-def _closing(
-    store: ParameterStore, heads: Heads, tally: _Tally, words: Sequence[float]
-) -> tuple[Tensor, list[list[float]]]:
-    """Return the inner products of the heads' whole changes, and every head's words."""
-    known, shared = store.total(torch.stack([tally.known, tally.shared]))
-    own = torch.cat([torch.tensor([*words], dtype=torch.float64), shared.flatten()])
-    told = [one.cpu() for one in heads.gather(own, alike=False)]
-    products = known + torch.stack([one[len(words) :] for one in told]).sum(0).view_as(known)
-    return products, [one[: len(words)].tolist() for one in told]
-
-
-def _cosines(products: Tensor, norms: Tensor) -> list[float]:
-    """Return the cosine of each pair of heads' changes."""
-    first, second = torch.triu_indices(len(norms), len(norms), offset=1)
-    scale = norms[first] * norms[second]
-    cosines: list[float] = (products[first, second] / scale).tolist() if scale.all() else []
-    return cosines
+    bounded = []
+    for name, layer in low_rank_modules(model).items():
+        together = layer.adapter_rank if config.exchange == Exchange.shared else config.heads * layer.adapter_rank
+        if config.ranks is not None:
+            together = sum(config.ranks)
+        if together < min(layer.in_features, layer.out_features):
+            bounded.append(name)
+    return bounded

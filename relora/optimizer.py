@@ -97,6 +97,13 @@ def clear_moments(moments: Moments) -> None:
 
 
 @torch.no_grad()
+def scale_moments(moments: Moments, factor: float) -> None:
+    """Make both averages count less, in place; the step counter stays."""
+    moments.exp_avg.mul_(factor)
+    moments.exp_avg_sq.mul_(factor)
+
+
+@torch.no_grad()
 def prune_moments(moments: Moments, keep: Tensor) -> None:
     """Remove the entries outside a mask, in place.
 

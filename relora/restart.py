@@ -97,6 +97,9 @@ class ParameterStore(Protocol):
     def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
         """Return the float32 values of down and up, in the shapes that the layer computes with."""
 
+    def factor_shapes(self, layer: LowRankLinear) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the shapes of what `factors` returns."""
+
     def base(self, layer: LowRankLinear) -> BasePart:
         """Return the part of the layer's base weight that this process holds: live memory, edited in place."""
 
@@ -136,6 +139,10 @@ class PlainStore:
     def factors(self, layer: LowRankLinear) -> tuple[Tensor, Tensor]:
         """Return the parameters' values; in float32 they are the parameters' own memory."""
         return layer.down.detach().float(), layer.up.detach().float()
+
+    def factor_shapes(self, layer: LowRankLinear) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the parameters' shapes."""
+        return layer.down.shape, layer.up.shape
 
     def base(self, layer: LowRankLinear) -> BasePart:
         """Return all of it."""
@@ -199,9 +206,14 @@ def restart(
     *,
     seed: int,
     restart_index: int,
-    head: int = 0,
+    heads: Sequence[int] = (0,),
+    merged: bool = False,
 ) -> RestartReport:
     """Merge, redraw and reset every low-rank layer; the model's function is the same before and after.
+
+    Args:
+        heads: whose factors this process holds; of several, stacked.
+        merged: whether the base weights have taken the factors up already, by a sync.
 
     Raises: ConfigError when a pruning reset removed nothing from the state there was.
     """
@@ -213,16 +225,18 @@ def restart(
     for name, layer in layers.items():
         down, up = store.factors(layer)
         base = store.base(layer)
-        delta_squared = layer.delta_norm(down, up) ** 2 / base.layer_replicas
         base_squared = float(torch.linalg.vector_norm(base.weight, dtype=torch.float64)) ** 2
-        changed = layer.merge_(config.merge_precision, down, up, key_of(seed, "round", name, head, restart_index), base)
-        sums[0] += delta_squared
-        sums[1:] += torch.tensor([base_squared, changed, base.weight.numel()], dtype=torch.float64) / base.replicas
-        rank, inputs = store.shape(layer.down)
-        fresh = draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=restart_index)
-        store.write(layer.down, fresh)
+        sums[1:] += torch.tensor([base_squared, 0.0, base.weight.numel()], dtype=torch.float64) / base.replicas
+        if not merged:
+            key = key_of(seed, "round", name, heads[0], restart_index)
+            sums[0] += layer.delta_norm(down, up) ** 2 / base.layer_replicas
+            sums[2] += layer.merge_(config.merge_precision, down, up, key, base) / base.replicas
+        shape = store.shape(layer.down)
+        rank, inputs = shape[-2:]
+        fresh = [draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=restart_index) for head in heads]
+        store.write(layer.down, torch.stack(fresh).view(shape))
         store.write(layer.up, torch.zeros(()).expand(store.shape(layer.up)))
-        pruned, of = _reset_layer(name, layer, config, store, seed=seed, head=head, restart_index=restart_index)
+        pruned, of = _reset_layer(name, layer, config, store, seed=seed, heads=heads, restart_index=restart_index)
         removed, state_entries = removed + pruned, state_entries + of
     if config.reset in _PRUNING and state_entries and not removed:
         raise ConfigError(
@@ -248,13 +262,13 @@ def _reset_layer(
     store: ParameterStore,
     *,
     seed: int,
-    head: int,
+    heads: Sequence[int],
     restart_index: int,
 ) -> tuple[int, int]:
     """Reset both factors' moments; return the entries removed and the entries there were, of the whole."""
     removed = entries = 0
     for factor, parameter in (("down", layer.down), ("up", layer.up)):
-        moments = store.moments(parameter)
+        moments = store.moments(parameter) if parameter.requires_grad else None
         if moments is None:
             continue
         size = math.prod(store.shape(parameter))
@@ -264,8 +278,18 @@ def _reset_layer(
             removed += size
         elif config.reset in _PRUNING:
             assert config.prune_ratio is not None, "ReloraConfig asks for it"
-            generator = keyed_generator(seed, "prune", name, factor, head, restart_index)
-            keep = kept(store.first_moment(parameter), config.reset, config.prune_ratio, generator)
+            first = store.first_moment(parameter)
+            of_heads = first.view(len(heads), -1)
+            masks = [
+                kept(
+                    row,
+                    config.reset,
+                    config.prune_ratio,
+                    keyed_generator(seed, "prune", name, factor, head, restart_index),
+                )
+                for row, head in zip(of_heads, heads, strict=True)
+            ]
+            keep = torch.stack(masks).view(first.shape)
             prune_moments(moments, store.part(parameter, keep))
             removed += size - int(torch.count_nonzero(keep))
     return removed, entries

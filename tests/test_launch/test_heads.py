@@ -21,6 +21,8 @@ HEADS = [
     "lora.dropout=0.1",
 ]
 
+OUTER = ["lte.outer=nesterov", "lte.outer_lr=0.7", "lte.outer_momentum=0.9"]
+
 
 def _train(_, overrides):
     return train.main(overrides)
@@ -33,6 +35,8 @@ def run(on_processes, tiny, tmp_path):
     def call(name, count, *overrides):
         left = [word for word in tiny if not word.startswith(("run.dir", "relora.", "schedule.restart"))]
         line = [*left, *HEADS, f"run.dir={tmp_path / name}", *overrides]
+        if "lora=none" in overrides:
+            line = [word for word in line if not word.startswith("lora.")]
         codes = set(on_processes(_train, count, line)) if count > 1 else {train.main(line)}
         assert len(codes) == 1
         return codes.pop()
@@ -46,7 +50,7 @@ def _records(folder, *events):
 
 def _told(folder):
     """All that the arithmetic decides."""
-    steps = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["head"]) for r in _records(folder)]
+    steps = [(r["step"], r["loss"], r["grad_norm"], r["lr"], r.get("head")) for r in _records(folder)]
     kept = [{k: v for k, v in record.items() if k != "seconds"} for record in _records(folder, "sync", "evaluate")]
     return steps, kept
 
@@ -79,8 +83,10 @@ def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
         (2, ["lte.reset=none", "training.dtype=bf16"]),
         (4, ["lte.reset=factors", "lte.adam=clear", "parallel=zero3", "lte.exchange=dense"]),
         (4, ["lte.reset=none", "parallel=zero2", "parallel.tensor=2"]),
+        (2, [*OUTER, "lte.fragments=2", "lte.delay=1", "lte.exchange=dense"]),
+        (2, [*OUTER, "lora=none"]),
     ],
-    ids=["plain-bf16", "zero3-dense", "zero2-tensor2"],
+    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco"],
 )
 def test_a_run_resumed_at_a_sync_is_bitwise_the_same(run, tmp_path, count, words):
     assert run("whole", count, *words) == exits.DONE
@@ -103,11 +109,17 @@ def test_heads_go_on_with_another_layout_inside(run, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_a_checkpoint_of_more_heads_is_refused_by_name(run, tmp_path, capsys):
-    assert run("two", 2, "training.steps=4", "run.save_final=false") == exits.DONE
-    checkpoint = tmp_path / "two/checkpoints/step_00000004"
-    assert run("one", 1, "lte.heads=1", f"checkpoint.resume={checkpoint}") == exits.REFUSED
-    assert "was made with lte.heads=2, this run has 1" in capsys.readouterr().err
+def test_a_checkpoint_of_so_many_heads_goes_on_with_another_number(run, tmp_path):
+    """Right after a sync they are one model: heads that go leave nothing behind, and new ones begin with it."""
+    words = ["lora.dropout=0", "training.steps=16"]
+    assert run("run", 2, *words, "training.stop_after=8") == exits.PREEMPTED
+    assert run("run", 4, *words, "lte.heads=4", "training.stop_after=12") == exits.PREEMPTED
+    assert run("run", 1, *words, "lte.heads=1") == exits.DONE
+    records = _records(tmp_path / "run", "sync")
+    assert [record["members"] for record in records] == [[0, 1], [0, 1], [0, 1, 2, 3], [0]]
+    losses = [record["val_loss"] for record in _records(tmp_path / "run", "evaluate")]
+    assert losses[-1] < losses[1] < losses[0]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["tokens"] == 16 * 128
 
 
 def test_one_head_is_a_run_of_one_process_whose_export_is_the_merged_model(run, tmp_path):
@@ -170,7 +182,12 @@ def test_a_head_that_diverges_ends_the_run_on_all(on_processes, tiny, tmp_path):
     (["lte.heads=0"], "lte.heads must be at least 1, got 0"),
     (["lte.adam=clear"], "lte.adam=clear has no effect with lte.reset=none"),
     (["lte.merge_precision=nearest"], "lte.merge_precision=nearest has no effect with training.dtype=fp32"),
-    (["lora=none"], "lte needs low-rank layers"),
+    (["lora=none", "lte.delay=1"], "lte.delay=1 has no effect with lora=none"),
+    (["lte.ranks=[2,4]", "lte.exchange=shared"], "lte.ranks=[2, 4] cannot be with lte.exchange=shared"),
+    (["lte.ranks=[2,4]", "lora.rank_pattern={q_proj: 2}"], "lte.ranks=[2, 4] has no place beside lora.rank_pattern"),
+    (["lte=heads_relora", "relora.every=75"], "relora.every must be a multiple of lte.sync_every=10"),
+    (["lte=heads_relora", "relora.warm_start_steps=75"], "relora.warm_start_steps must be a multiple of"),
+    (["lte=heads_relora", "lte.reset=factors"], "lte.reset=factors cannot be with relora"),
     (["relora.every=5"], "relora"),
     (["lora.init_from=somewhere"], "lora.init_from=somewhere must be null with lte"),
     ([], "lte.heads=2 x parallel.tensor=1 must divide the number of processes, got 1"),
@@ -184,10 +201,29 @@ def test_what_cannot_be_is_refused_by_name(runtime, words, message, capsys, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_restarts_do_not_go_with_heads(runtime):
+def test_heads_do_without_relora_unless_asked():
     assert load(["lte=heads"]).relora is None
-    with pytest.raises(ValueError, match="relora must be none with lte=heads"):
-        load(["lte=heads", "relora=relora", "+relora={every: 5}"])
+    assert load(["lte=heads_relora"]).relora is not None
+
+
+WITH_RESTARTS = ["lte=heads_relora", "relora.every=8", "relora.warm_start_steps=4", "relora.warm_start_lr=0.001"]
+
+
+@pytest.mark.parametrize(
+    "words", [["relora.reset=zero"], ["relora.reset=magnitude", "relora.prune_ratio=0.9", "parallel=zero2"]]
+)
+def test_a_warm_start_of_all_then_heads_with_restarts_resumes_bitwise(run, tmp_path, words):
+    words = [*WITH_RESTARTS, *words, "training.steps=24", "schedule.restart_warmup_steps=1"]
+    assert run("whole", 4, *words) == exits.DONE
+    for stop in (4, 16):
+        assert run("parts", 4, *words, f"training.stop_after={stop}") == exits.PREEMPTED
+    assert run("parts", 4, *words) == exits.DONE
+    assert _told(tmp_path / "parts") == _told(tmp_path / "whole")
+    folder = tmp_path / "whole"
+    assert [record["step"] for record in _records(folder, "restart")] == [12, 20]
+    assert [record["step"] for record in _records(folder, "sync")] == [8, 12, 16, 20, 24]
+    ours, theirs = (load_file(tmp_path / name / "final/model.safetensors") for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_rank_that_heads_cannot_fill_is_told(run, capsys):

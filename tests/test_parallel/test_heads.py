@@ -10,26 +10,27 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
 from parallel.runtime import start
-from parallel.sync_traffic import SyncedLayer, factors_are_fewer, layer_bytes, sync_bytes
+from parallel.sync_traffic import SyncedLayer, factors_are_fewer, layer_bytes
 from parallel.tensor import split_model
 from parallel.vocabulary import summed_cross_entropy
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
-from relora.initialize import draw_down
-from relora.lte import Exchange, FactorAdam, LteConfig, SyncReset, keep_synced_, sync
+from relora.dense import DenseGradients
+from relora.lte import Exchange, LteConfig, SyncReset, keep_synced_
 from relora.optimizer import OptimizerConfig, parameter_groups
 from relora.precision import MergePrecision
+from relora.sync import HeadSync
+from tests.slow_heads import SlowSyncs
 
-SEQUENCES, LENGTH, VOCABULARY, STEPS, EVERY, RANK = 4, 16, 67, 6, 2, 3
+SEQUENCES, LENGTH, VOCABULARY, STEPS, EVERY, RANK, ALPHA = 4, 16, 67, 6, 2, 3, 6.0
 RATE = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-4}  # Adam amplifies rounding of gradients near eps by lr / eps
 WORDS = (0.5, 2.0)
 
 
-def _model(head):
+def _model(head, lte=None):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
@@ -42,7 +43,9 @@ def _model(head):
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.config.use_cache = False
-    to_low_rank(model, LoraConfig(rank=RANK, alpha=6.0), seed=1, head=head)
+    shared = lte is not None and lte.exchange == Exchange.shared
+    rank = (lte and lte.rank_of(head)) or RANK
+    to_low_rank(model, LoraConfig(rank=rank, alpha=ALPHA), seed=1, head=0 if shared else head, train_down=not shared)
     return model
 
 
@@ -62,65 +65,45 @@ def _groups(model):
 
 
 @functools.cache
-def _plain(heads, reset, adam):
+def _plain(heads, **settings):
     """Losses by head and step; the base weights, factors and dense parameters of each head at the end."""
-    models = [_model(head) for head in range(heads)]
+    config = LteConfig(heads=heads, **{"sync_every": EVERY, **settings})
+    models = [_model(head, config) for head in range(heads)]
     optimizers = [torch.optim.AdamW(_groups(model), betas=RATE["betas"], eps=RATE["eps"]) for model in models]
-    shared = {name: layer.weight.detach().double() for name, layer in low_rank_modules(models[0]).items()}
-    merged = [{name: torch.zeros_like(weight) for name, weight in shared.items()} for _ in models]
+    slow = SlowSyncs(models, optimizers, config, steps=STEPS)
     losses = [[] for _ in models]
     for step in range(1, STEPS + 1):
-        for head, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            losses[head].append(_update(model, optimizer, _batches(head)[step - 1]))
-        if step % EVERY == 0:
-            _plain_sync(models, optimizers, shared, merged, reset, adam, step // EVERY)
+        for head, model in enumerate(models):
+            losses[head].append(_gradients(model, _batches(head)[step - 1]))
+        if config.dense == "all_reduced":
+            for parameters in slow.full_rank:
+                mean = sum(parameter.grad for parameter in parameters) / heads
+                for parameter in parameters:
+                    parameter.grad = mean.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        slow.advance(step)
     dense = [
         {n: p.detach() for n, p in model.named_parameters() if "down" not in n or "down_proj" in n} for model in models
     ]
-    return losses, shared, [dict(low_rank_modules(model)) for model in models], dense
+    return losses, slow.shared, [dict(low_rank_modules(model)) for model in models], dense
 
 
-def _update(model, optimizer, ids):
+def _gradients(model, ids):
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
     return loss.item()
-
-
-@torch.no_grad()
-def _plain_sync(models, optimizers, shared, merged, reset, adam, index):
-    layers = [low_rank_modules(model) for model in models]
-    for name, weight in shared.items():
-        products = [one[name].scaling * one[name].up.double() @ one[name].down.double() for one in layers]
-        weight.add_(sum(now - before[name] for now, before in zip(products, merged, strict=True)) / len(models))
-        for head, one in enumerate(layers):
-            layer, state = one[name], optimizers[head].state
-            if reset == SyncReset.none:
-                merged[head][name] = products[head]
-            else:
-                products[head].zero_()
-                layer.down.copy_(draw_down(name, layer.down.shape, seed=3, head=head, restart_index=index))
-                layer.up.zero_()
-                for value in [*state[layer.down].values(), *state[layer.up].values()] if adam == "clear" else []:
-                    value.zero_()
-            layer.weight.copy_(weight - products[head])
-    factors = {id(factor) for layer in layers[0].values() for factor in (layer.down, layer.up)}
-    for parameters in zip(*(model.parameters() for model in models), strict=True):
-        if parameters[0].requires_grad and id(parameters[0]) not in factors:
-            mean = torch.stack([p.detach() for p in parameters]).mean(0)
-            for parameter in parameters:
-                parameter.copy_(mean)
 
 
 # ---- the real one
 
 
-def _engine(runtime, zero, reset, dtype, lora_heads):
-    model = _model(runtime.head.index)
-    keep_synced_(model, LteConfig(heads=lora_heads, reset=reset))
+def _engine(runtime, zero, config, dtype=torch.float32):
+    model = _model(runtime.head.index, config)
+    keep_synced_(model, config)
     regions = split_model(model, runtime.tensor)
     prepare_base_(model, dtype, MergePrecision.split)
     model.train()
@@ -144,25 +127,26 @@ def _loss(engine, runtime, ids):
     return summed_cross_entropy(engine.model, logits.flatten(0, 1), mine[:, 1:].flatten()) / ids[:, 1:].numel()
 
 
-def _trained(world, heads, tensor, zero, reset, exchange, adam="keep", dtype=torch.float32):
+def _trained(world, heads, tensor, zero, settings, dtype=torch.float32):
     """Losses, reports, what this process holds, layers' exact weights, and the outputs right after the last sync."""
+    config = LteConfig(heads=heads, **{"sync_every": EVERY, **settings})
     with start(tensor=tensor, heads=heads) as runtime:
-        engine = _engine(runtime, zero, reset, dtype, heads)
-        config = LteConfig(heads=heads, reset=reset, exchange=exchange, adam=FactorAdam(adam))
-        others = HeadExchange(runtime, exchange)
+        engine = _engine(runtime, zero, config, dtype)
+        others = HeadExchange(runtime, config)
+        syncs = HeadSync(engine.model, config, engine.store, others, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
+        if config.dense == "all_reduced":
+            engine.share_dense(DenseGradients(others, alike=engine.store.masters_alike))
         losses, reports, bits = [], [], []
         for step, ids in enumerate(_batches(runtime.head.index), 1):
             loss = _loss(engine, runtime, ids)
             engine.backward(loss)
             losses.append(loss.item())
             assert engine.step(RATE["lr"], lambda norm: None).refused is None
-            if step % EVERY == 0:
-                sent = others.sent
-                index = step // EVERY
-                report, said = sync(engine.model, config, engine.store, others, seed=3, sync_index=index, words=WORDS)
+            ended = syncs.advance(step, len(reports) + 1, lambda _: [list(WORDS)], everything=step == STEPS)
+            for report, said in ended:
                 assert said == [list(WORDS)] * heads
-                reports.append((report, others.sent - sent, _planned(engine, config, runtime)))
-                bits.append(_base_bits(engine))
+                reports.append(report)
+                bits.append(_base_bits(engine, dense=report.fragment in (None, config.fragments - 1)))
         with torch.no_grad():
             output = _loss(engine, runtime, _batches(0)[0]).item()
         held = {
@@ -171,33 +155,18 @@ def _trained(world, heads, tensor, zero, reset, exchange, adam="keep", dtype=tor
         }
         wholes = {name: engine.store.whole_weight(layer) for name, layer in low_rank_modules(engine.model).items()}
         engine.close()
-        return losses, reports, held, wholes, bits, output
+        return losses, reports, held, wholes, bits, output, others.sent
 
 
-def _planned(engine, config, runtime):
-    layers = low_rank_modules(engine.model).values()
-    data, whole = runtime.data.size, engine.store.masters_alike
-    sizes, factors = [], set()
-    for layer in layers:
-        down, up = engine.store.factors(layer)
-        factors |= {id(layer.down), id(layer.up)}
-        part = engine.store.base(layer).weight
-        alike = not hasattr(layer.weight, "ds_id")
-        sizes.append(SyncedLayer(factors=down.numel() + up.numel(), part=part.numel(), alike=alike))
-    dense = [p for p in engine.model.parameters() if p.requires_grad and id(p) not in factors]
-    entries = sum(engine.store.master(p).numel() for p in dense)
-    return sync_bytes(config, sizes, data=data, dense=-(-entries // data) if whole else entries, words=len(WORDS))
-
-
-def _base_bits(engine):
-    """Every layer's base weight here, and its extra bits; and the dense parameters' masters."""
+def _base_bits(engine, *, dense):
+    """Every layer's base weight here, and its extra bits; and the dense parameters' masters if they are wanted."""
     held = []
     for layer in low_rank_modules(engine.model).values():
         part = engine.store.base(layer)
         held += [part.weight.clone()] + ([] if part.extra_bits is None else [part.extra_bits.clone()])
     factors = {id(f) for layer in low_rank_modules(engine.model).values() for f in (layer.down, layer.up)}
-    dense = [p for p in engine.model.parameters() if p.requires_grad and id(p) not in factors]
-    return held + [engine.store.master(p).clone() for p in dense]
+    full = [p for p in engine.model.parameters() if p.requires_grad and id(p) not in factors]
+    return held + [engine.store.master(p).clone() for p in full if dense]
 
 
 LAYOUTS = {"one": (2, 1), "data2": (4, 1), "tensor2": (4, 2)}
@@ -230,15 +199,15 @@ def _of_head(results, count, head):
 )
 def test_heads_of_processes_are_copies_trained_in_turn(on_processes, layout, zero, reset, exchange):
     count, tensor = LAYOUTS[layout]
-    results = on_processes(_trained, count, 2, tensor, zero, reset, exchange)
-    losses, weights, layers, dense = _plain(2, reset, "keep")
+    results = on_processes(_trained, count, 2, tensor, zero, {"reset": reset, "exchange": exchange})
+    losses, weights, layers, dense = _plain(2, reset=reset)
     for head in range(2):
         mine = _of_head(results, count, head)
         of_data = mine if tensor == 1 else mine[:1]
         assert [sum(step) for step in zip(*(r[0] for r in of_data), strict=True)] == pytest.approx(
             losses[head], abs=1e-5
         )
-        for _, _, held, wholes, _, _ in mine:
+        for _, _, held, wholes, *_ in mine:
             for name, whole in wholes.items():
                 torch.testing.assert_close(whole.double(), weights[name], rtol=1e-5, atol=1e-5)
             for name, (region, part) in held["model"].items():
@@ -253,6 +222,36 @@ def test_heads_of_processes_are_copies_trained_in_turn(on_processes, layout, zer
     _check_syncs(results, count)
 
 
+MORE = {
+    "delayed": ("data2", 2, {"sync_every": 3, "delay": 1, "exchange": "factors"}),
+    "delayed fragments": ("data2", 3, {"sync_every": 4, "fragments": 2, "delay": 1, "reset": "factors"}),
+    "nesterov": ("tensor2", 2, {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "exchange": "dense"}),
+    "shared": ("tensor2", 3, {"exchange": "shared"}),
+    "shared factors": ("data2", 1, {"exchange": "shared", "reset": "factors", "adam": "clear"}),
+    "all reduced": ("data2", 0, {"dense": "all_reduced"}),
+    "all reduced in partitions": ("data2", 2, {"dense": "all_reduced", "reset": "factors"}),
+    "all reduced in pieces": ("tensor2", 3, {"dense": "all_reduced"}),
+    "ranks": ("tensor2", 0, {"ranks": [2, 4], "exchange": "factors"}),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_so_they_are_with_other_settings(on_processes, name):
+    layout, zero, settings = MORE[name]
+    count, tensor = LAYOUTS[layout]
+    results = on_processes(_trained, count, 2, tensor, zero, settings)
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    losses, weights, _, _ = _plain(2, **plain)
+    for head in range(2):
+        mine = _of_head(results, count, head)
+        of_data = mine if tensor == 1 else mine[:1]
+        summed = [sum(step) for step in zip(*(r[0] for r in of_data), strict=True)]
+        assert summed == pytest.approx(losses[head], abs=1e-5)
+        for name_, whole in mine[0][3].items():
+            torch.testing.assert_close(whole.double(), weights[name_], rtol=1e-5, atol=1e-5)
+    _check_syncs(results, count)
+
+
 def _check_syncs(results, count):
     """Equal bits and equal functions after syncs, bytes as planned, reports equal on all heads."""
     for ours, theirs in zip(_of_head(results, count, 0), _of_head(results, count, 1), strict=True):
@@ -260,27 +259,17 @@ def _check_syncs(results, count):
             assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
         assert ours[5] == pytest.approx(theirs[5], abs=1e-6), "right after a sync all heads compute the same function"
     for result in results:
-        for report, sent, planned in result[1]:
-            assert sent == planned
-            first = results[0][1][report.sync - 1][0]
+        for report, first in zip(result[1], results[0][1], strict=True):
             assert (report.delta_norms, report.cosine_mean) == (first.delta_norms, first.cosine_mean)
-    for number, (report, _, _) in enumerate(results[0][1]):
-        assert report.bytes == sum(result[1][number][1] for result in _of_head(results, count, 0))
-
-
-def test_new_draws_may_start_with_cleared_adam_state(on_processes):
-    results = on_processes(_trained, 2, 2, 1, 2, SyncReset.factors, Exchange.auto, "clear")
-    losses = _plain(2, SyncReset.factors, "clear")[0]
-    assert [result[0] for result in results] == [pytest.approx(one, abs=1e-5) for one in losses]
-    assert losses != _plain(2, SyncReset.factors, "keep")[0]
+    assert sum(report.bytes for report in results[0][1]) == sum(result[6] for result in _of_head(results, count, 0))
 
 
 @pytest.mark.parametrize("exchange", [Exchange.factors, Exchange.dense])
 @pytest.mark.parametrize("zero", [0, 3])
 def test_bf16_bases_keep_every_bit_and_stay_equal(on_processes, zero, exchange):
-    results = on_processes(_trained, 4, 2, 1, zero, SyncReset.none, exchange, "keep", torch.bfloat16)
+    results = on_processes(_trained, 4, 2, 1, zero, {"exchange": exchange}, torch.bfloat16)
     _check_syncs(results, 4)
-    exact = _plain(2, SyncReset.none, "keep")[1]
+    exact = _plain(2)[1]
     start_weights = {name: layer.base() for name, layer in low_rank_modules(_model(0)).items()}
     for name, whole in results[0][3].items():
         moved = (exact[name].float() - start_weights[name]).norm()
@@ -294,24 +283,28 @@ def _rank(difference):
 
 def test_without_resets_the_rank_is_bounded_by_heads_and_with_them_it_grows(on_processes):
     before = {name: layer.base() for name, layer in low_rank_modules(_model(0)).items()}
-    for reset in SyncReset:
-        wholes = on_processes(_trained, 2, 2, 1, 0, reset, Exchange.auto)[0][3]
+    cases = [({}, 1), ({"reset": "factors"}, STEPS // EVERY), ({"sync_every": 3, "delay": 1}, 1)]
+    for settings, draws in cases:
+        wholes = on_processes(_trained, 2, 2, 1, 0, settings)[0][3]
         ranks = [_rank(wholes[name] - weight) for name, weight in before.items()]
-        bound = 2 * RANK * (1 if reset == SyncReset.none else STEPS // EVERY)
+        bound = 2 * RANK * draws
         full = [min(weight.shape) for weight in before.values()]
         assert ranks == [min(bound, most) for most in full]
 
 
 def test_the_sums_of_a_report_are_those_of_the_changes(on_processes):
     """Norms and cosines from Gram matrices, or from pieces of dense changes, against the plain changes."""
-    reports = [on_processes(_trained, 4, 2, 2, 3, SyncReset.factors, way)[0][1][0][0] for way in ("factors", "dense")]
+    settings = [{"reset": "factors", "exchange": way} for way in ("factors", "dense")]
+    reports = [on_processes(_trained, 4, 2, 2, 3, one)[0][1][0] for one in settings]
     assert [report.by_factors for report in reports] == [14, 0]
     changes = []
     for head in range(2):
         model = _model(head)
         optimizer = torch.optim.AdamW(_groups(model), betas=RATE["betas"], eps=RATE["eps"])
         for ids in _batches(head)[:EVERY]:
-            _update(model, optimizer, ids)
+            _gradients(model, ids)
+            optimizer.step()
+            optimizer.zero_grad()
         changes.append(torch.cat([layer.delta().flatten() for layer in low_rank_modules(model).values()]))
     for report in reports:
         assert report.delta_norms == pytest.approx([one.norm().item() for one in changes], rel=1e-4)
@@ -319,34 +312,6 @@ def test_the_sums_of_a_report_are_those_of_the_changes(on_processes):
         assert report.cosine_mean == pytest.approx(cosine, abs=1e-4)
         mean = sum(changes) / 2
         assert report.shrinkage == pytest.approx((mean.norm() / (sum(report.delta_norms) / 2)).item(), rel=1e-4)
-
-
-def _talk(world, heads, alike):
-    with start(heads=heads) as runtime:
-        others = HeadExchange(runtime, Exchange.auto)
-        own = torch.arange(7.0) + 10.0**others.index
-        if not alike:
-            own += 100 * runtime.data.index
-        mean, products = others.mean(own, alike=alike)
-        sent = others.sent
-        told = others.gather(own, alike=alike)
-        shares = sum_over(runtime.batch, products.clone()) / runtime.data.size
-        return mean, torch.stack(told), sent, others.sent - sent, shares
-
-
-@pytest.mark.parametrize(("heads", "count", "alike"), [(3, 3, True), (2, 4, True), (2, 4, False)])
-def test_a_mean_is_made_in_order_of_heads_and_every_byte_counts(on_processes, heads, count, alike):
-    data = count // heads
-    values = torch.stack([torch.arange(7.0) + 10.0**head for head in range(heads)])
-    of_data = [values + (0 if alike else 100 * index) for index in range(data)]
-    length = -(-7 // data) if alike else 7
-    for rank, (mean, told, sent_mean, sent_all, shares) in enumerate(on_processes(_talk, count, heads, alike)):
-        mine = of_data[rank % data]
-        assert torch.equal(mean, (mine.double().sum(0) / heads).float())
-        assert torch.equal(told, mine)
-        assert sent_mean == 2 * (heads - 1) * -(-length // heads) * 4
-        assert sent_all == (heads - 1) * length * 4
-        torch.testing.assert_close(shares, sum(one.double() @ one.double().t() for one in of_data) / data)
 
 
 def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size():
@@ -357,7 +322,7 @@ def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size
             assert fewer == (rank <= crossover)
     layer = SyncedLayer(factors=4 * 128, part=64 * 64, alike=True)
     for data in (1, 4):
-        configs = {way: LteConfig(heads=8, exchange=way, reset="factors") for way in Exchange}
+        configs = {way: LteConfig(heads=8, exchange=way, reset="factors") for way in Exchange if way != "shared"}
         by = {way.value: layer_bytes(config, layer, data=data) for way, config in configs.items()}
         assert by == {"auto": 7 * 2048 / data, "factors": 7 * 2048 / data, "dense": 2 * 7 * 2048 / data}
 
@@ -369,8 +334,9 @@ _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast
 def _partners(world, zero):
     """Whom this process talked to in steps without a sync, and in one with a sync."""
     with start(heads=2) as runtime:
-        engine = _engine(runtime, zero, SyncReset.none, torch.float32, 2)
-        config, others = LteConfig(heads=2), HeadExchange(runtime, Exchange.auto)
+        config = LteConfig(heads=2, sync_every=1)
+        engine = _engine(runtime, zero, config)
+        syncs = HeadSync(engine.model, config, engine.store, HeadExchange(runtime, config), seed=3, scale=float)
         met, real = set(), {name: getattr(dist, name) for name in _COLLECTIVES}
 
         def noting(name):
@@ -386,14 +352,14 @@ def _partners(world, zero):
 
         for step in range(3):  # stage 3 sets itself up together with everybody in its first steps
             update(step)
-        sync(engine.model, config, engine.store, others, seed=3, sync_index=1)
+        syncs.advance(1, 1, lambda _: [[1.0]], everything=False)
         try:
             for name in _COLLECTIVES:
                 setattr(dist, name, noting(name))
             update(3)
             update(4)
             between = set(met)
-            sync(engine.model, config, engine.store, others, seed=3, sync_index=2)
+            syncs.advance(2, 2, lambda _: [[1.0]], everything=False)
         finally:
             for name in _COLLECTIVES:
                 setattr(dist, name, real[name])
@@ -406,3 +372,29 @@ def test_heads_do_not_talk_between_syncs(on_processes, zero):
     for between, ever, head in on_processes(_partners, 4, zero):
         assert between == head
         assert ever > head
+
+
+def _refusing(world, zero, dtype):
+    """Updates of two heads that share dense gradients, the second of which refuses the first one."""
+    config = LteConfig(heads=2, dense="all_reduced")
+    with start(heads=2) as runtime:
+        engine = _engine(runtime, zero, config, dtype)
+        engine.share_dense(DenseGradients(HeadExchange(runtime, config), alike=engine.store.masters_alike))
+        told, masters = [], []
+        for number, ids in enumerate(_batches(runtime.head.index)[:2]):
+            engine.backward(_loss(engine, runtime, ids))
+            refuses = number == 0 and runtime.head.index == 1
+            told.append(engine.step(RATE["lr"], lambda norm, no=refuses: "too odd" if no else None).refused)
+            masters.append(_base_bits(engine, dense=True))
+        engine.close()
+        return told, masters
+
+
+@pytest.mark.parametrize(("zero", "dtype"), [(0, torch.bfloat16), (2, torch.bfloat16), (3, torch.float32)])
+def test_heads_that_share_dense_gradients_refuse_together_and_stay_equal(on_processes, zero, dtype):
+    first, second = on_processes(_refusing, 2, zero, dtype)
+    assert first[0] == ["another head refused it", None]
+    assert second[0] == ["too odd", None]
+    for ours, theirs in zip(first[1], second[1], strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    assert not all(torch.equal(one, two) for one, two in zip(*first[1], strict=True)), "the second one updates"

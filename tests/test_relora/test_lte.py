@@ -8,29 +8,10 @@ from torch import nn
 from relora.errors import ConfigError
 from relora.initialize import draw_down
 from relora.linear import LowRankLinear
-from relora.lte import FactorAdam, LteConfig, SyncReset, bounded_layers, keep_synced_, sync, sync_due
+from relora.lte import LteConfig, SyncReset, keep_synced_
 from relora.precision import MergePrecision
-from relora.restart import PlainStore
 
 OUT, IN, RANK = 7, 5, 2
-
-
-class _OneHead:
-    """The access of a head that is alone."""
-
-    count, index, sent = 1, 0, 0
-
-    def __init__(self, factors):
-        self._factors = factors
-
-    def gather(self, own, *, alike):
-        return [own]
-
-    def mean(self, own, *, alike):
-        return own, (own.double() @ own.double()).view(1, 1)
-
-    def by_factors(self, factors, part, *, alike):
-        return self._factors
 
 
 def _model(reset=SyncReset.none, dropout=0.0):
@@ -65,41 +46,6 @@ def test_dropout_hits_both_products_alike():
     torch.testing.assert_close(model.train()(x), F.linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("factors", [True, False])
-@pytest.mark.parametrize("reset", SyncReset)
-def test_a_sync_keeps_the_function_and_then_takes_up_only_what_is_new(reset, factors):
-    model, layer, x = _model(reset)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    config = LteConfig(heads=1, reset=reset)
-    for index in (1, 2, 3):
-        model(x).square().sum().backward()
-        optimizer.step()
-        before, weight, delta = model(x).detach(), layer.weight.clone(), layer.delta()
-        report, _ = sync(model, config, PlainStore(optimizer), _OneHead(factors), seed=4, sync_index=index)
-        torch.testing.assert_close(model(x), before)
-        torch.testing.assert_close(layer.weight, weight + delta)
-        assert report.delta_norms == [pytest.approx(delta.norm().item(), rel=1e-5)]
-        assert layer.delta().norm() < 1e-6
-        assert (report.by_factors, report.shrinkage, report.cosine_mean) == (int(factors), pytest.approx(1.0), None)
-        if reset == SyncReset.factors:
-            assert torch.equal(layer.down, draw_down("0", (RANK, IN), seed=4, restart_index=index))
-            assert not layer.up.any()
-    assert optimizer.state[layer.up]["step"] == 3, "Adam is kept"
-
-
-def test_only_the_factors_adam_state_is_cleared():
-    model, layer, x = _model(SyncReset.factors)
-    layer.bias.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(x).square().sum().backward()
-    optimizer.step()
-    config = LteConfig(heads=1, reset=SyncReset.factors, adam=FactorAdam.clear)
-    sync(model, config, PlainStore(optimizer), _OneHead(True), seed=4, sync_index=1)
-    assert not optimizer.state[layer.up]["step"].any()
-    assert not optimizer.state[layer.down]["exp_avg"].any()
-    assert optimizer.state[layer.bias]["step"] == 1
-
-
 def test_heads_draw_factors_of_their_own():
     draws = [draw_down("q", (RANK, IN), seed=0, head=head, restart_index=3) for head in range(3)]
     assert not any(torch.equal(draws[one], draws[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
@@ -116,18 +62,41 @@ def test_a_product_is_formed_and_added_in_any_part():
     assert changed == delta.numel()
 
 
-def test_a_sync_is_due_every_so_many_steps_and_after_the_last():
-    config = LteConfig(sync_every=4)
-    assert [step for step in range(11) if sync_due(config, step, 10)] == [4, 8, 10]
+def test_fragments_end_in_turn_and_begin_so_much_earlier():
+    config = LteConfig(sync_every=10, fragments=3, delay=2)
+    assert {step: config.ending(step) for step in range(21) if config.ending(step) is not None} == {
+        3: 0, 6: 1, 10: 2, 13: 0, 16: 1, 20: 2
+    }  # fmt: skip
+    assert [step for step in range(21) if config.beginning(step) is not None] == [1, 4, 8, 11, 14, 18]
+    plain = LteConfig(sync_every=4)
+    assert [step for step in range(13) if plain.beginning(step) is not None] == [4, 8, 12]
 
 
-def test_layers_that_heads_cannot_fill_are_named():
-    model, _, _ = _model()
-    assert bounded_layers(model, LteConfig(heads=2)) == ["0"]
-    assert bounded_layers(model, LteConfig(heads=3)) == []
-    assert bounded_layers(model, LteConfig(heads=1, reset=SyncReset.factors)) == []
+def test_factors_are_drawn_anew_at_every_so_many_th_sync():
+    config = LteConfig(sync_every=4, fragments=2, reset="factors", reset_every=2)
+    assert [step for step in (2, 4, 6, 8, 10, 12, 14, 16) if config.resets_at(step)] == [6, 8, 14, 16]
+    assert not LteConfig(sync_every=4).resets_at(4)
 
 
-def test_settings_without_effect_are_refused():
-    with pytest.raises(ConfigError, match=r"lte\.adam=clear has no effect"):
-        LteConfig(adam=FactorAdam.clear)
+REFUSED = [
+    ({"adam": "clear"}, r"lte\.adam=clear has no effect with lte\.reset=none"),
+    ({"reset_every": 2}, r"lte\.reset_every=2 has no effect with lte\.reset=none"),
+    ({"reset": "factors", "adam_scale": 0.5}, "belong together"),
+    ({"reset": "factors", "adam": "scale"}, "belong together"),
+    ({"reset": "factors", "adam": "scale", "adam_scale": 1.0}, r"lte\.adam_scale must be between 0"),
+    ({"outer_lr": 0.7}, r"have no effect with lte\.outer=none"),
+    ({"outer": "sgd", "outer_momentum": 0.0}, r"lte\.outer_lr must be above 0"),
+    ({"outer": "sgd", "outer_lr": 1.0, "outer_momentum": 1.0}, r"lte\.outer_momentum must be in \[0, 1\)"),
+    ({"outer": "nesterov", "outer_lr": 1.0, "outer_momentum": 0.0}, "nesterov needs"),
+    ({"fragments": 11}, r"lte\.fragments=11 must be at most lte\.sync_every=10"),
+    ({"fragments": 2, "delay": 5}, r"lte\.delay=5 must be 0 or more, and below .* = 5 steps"),
+    ({"ranks": [4]}, r"lte\.ranks must be 2 ranks of at least 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), REFUSED, ids=lambda value: str(value) if isinstance(value, dict) else ""
+)
+def test_settings_that_cannot_be_or_have_no_effect_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LteConfig(**settings)

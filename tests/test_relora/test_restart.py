@@ -177,7 +177,7 @@ def test_every_restart_and_head_draws_anew(build: Build) -> None:
     drawn = []
     for index, head in [(1, 0), (2, 0), (1, 1)]:
         setup = _setup(build())
-        restart(setup.model, ReloraConfig(), setup.store, seed=3, restart_index=index, head=head)
+        restart(setup.model, ReloraConfig(), setup.store, seed=3, restart_index=index, heads=[head])
         drawn.append(next(iter(setup.layers.values())).down.detach())
     start = next(iter(_setup(build()).layers.values())).down.detach()
     assert len({tuple(down.flatten().tolist()) for down in [*drawn, start]}) == 4
