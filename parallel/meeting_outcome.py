@@ -30,6 +30,8 @@ class Brought:
     compression: str
     share: float
     """What its inner products with other heads' count here; see relora.heads.Parcel.replicas."""
+    told: dict[str, Any]
+    """All that its process said of it, for those that did not bring one."""
     data: bytes | bytearray
 
     @classmethod
@@ -40,6 +42,7 @@ class Brought:
             entries=int(header["entries"]),
             compression=str(header["compression"]),
             share=float(header["share"]),
+            told=dict(header),
             data=data,
         )
 
@@ -66,6 +69,10 @@ class Outcome:
     def is_mean(self, index: int) -> bool:
         """Whether a parcel's outcome is a mean."""
         return self._brought[0][index].mean
+
+    def told(self, index: int) -> dict[str, Any]:
+        """What the first member said of a parcel."""
+        return self._brought[0][index].told
 
     def gathered(self, index: int) -> list[bytes | bytearray]:
         """A parcel of all members."""

@@ -1,4 +1,4 @@
-"""What the meeting point of elastic heads decides: who takes part in a sync, who joins, who is lost, who trains on what.
+"""What the meeting point of elastic heads decides: who takes part in a sync, joins, is lost, and trains on what.
 
 A state machine without sockets and clocks: every call brings the time. Heads are jobs that come and go; a sync takes
 the heads that have answered when all have or when the time is up, and what it decided never changes. What travels is
@@ -320,7 +320,8 @@ class MeetingPoint:
             return False
         base = max(head.checkpoint for head in comers)
         self._go_back(base)
-        current, taken = [], set()
+        current: list[Head] = []
+        taken: set[int] = set()
         for head in sorted(comers, key=lambda head: (head.wanted is None, head.wanted, head.since)):
             fits = head.checkpoint == base and len(current) < self.terms.heads
             if fits and (base == 0 or (head.wanted is not None and head.wanted not in taken)):
@@ -342,13 +343,13 @@ class MeetingPoint:
             return
         if self.sync - base > RECENT:
             raise Refused(
-                f"the newest checkpoint is of sync {base}, and only the last {RECENT} of {self.sync} syncs can be undone"
+                f"the newest checkpoint is of sync {base} of {self.sync}, and only the last {RECENT} can be undone"
             )
         undone = self.ledger.undo(base)
         self._returned += undone
         self._say(
-            f"nobody has the state of sync {self.sync}: the run goes back to the newest checkpoint, of sync {base}, and "
-            f"the positions {shown(undone)} are trained on again"
+            f"nobody has the state of sync {self.sync}: the run goes back to the newest checkpoint, of sync {base}, and the "
+            f"positions {shown(undone)} are trained on again"
         )
         self.decisions.clear()
         self._ready.clear()

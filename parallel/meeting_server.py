@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,13 @@ class MeetingServer:
             if not await asyncio.wait_for(self._hello(guest), _HELLO_SECONDS):
                 return
             while True:
-                header, payload = await asyncio.wait_for(guest.receive(), self._terms.silence_seconds)
+                header, payload = await guest.receive()
                 work = self._heed(guest, header, payload)
                 if work is not None:
                     if reply is not None:
                         await reply
                     reply = asyncio.create_task(_quietly(work))
-        except (OSError, EOFError, TimeoutError, asyncio.TimeoutError, KeyError, TypeError, ValueError):
+        except (OSError, EOFError, asyncio.TimeoutError, KeyError, TypeError, ValueError):
             return  # whoever it was, the connection is closed, and a head may come again
         finally:
             if reply is not None:
@@ -202,7 +203,7 @@ class MeetingServer:
         while not ready():
             try:
                 await asyncio.wait_for(self._changed.wait(), _BEAT_SECONDS)
-            except (TimeoutError, asyncio.TimeoutError):
+            except asyncio.TimeoutError:
                 await guest.send({"waiting": True})
 
     async def _admission(self, guest: _Guest) -> None:
@@ -222,13 +223,13 @@ class MeetingServer:
 
     def _answer(self, guest: _Guest, header: dict[str, Any], now: float) -> Awaitable[None]:
         sync, head = int(header["sync"]), self._open.heads.get(guest.incarnation)
-        parcels = [guest.brought[index] for index in range(int(header["parcels"]))]
-        guest.brought = {}
         if head is not None and head.number is not None and sync == self._open.sync + 1:
+            parcels = [guest.brought[index] for index in range(int(header["parcels"]))]
             self._brought[head.number, guest.position] = sync, parcels
             words = [float(word) for word in header["words"]]
             self._open.answer(guest.incarnation, guest.position, sync, words, bool(header["leaving"]), now)
             self._settle()
+        guest.brought = {}
         return self._tell_outcome(guest, sync, int(header["first"]))
 
     async def _tell_outcome(self, guest: _Guest, sync: int, first: int) -> None:
@@ -250,19 +251,22 @@ class MeetingServer:
                     payload: list[Bytes] = [await asyncio.to_thread(outcome.mean, index)]
             else:
                 payload = [b"" if place == own else data for place, data in enumerate(outcome.gathered(index))]
-            await guest.send({"parcel": index, "sizes": [len(part) for part in payload]}, *payload)
+            sizes = [len(part) for part in payload]
+            await guest.send({"parcel": outcome.told(index), "sizes": sizes}, *payload)
         await guest.send({"end": True, "products": outcome.products.tolist()})
 
     async def _next(self, guest: _Guest, have: int, first: int) -> None:
         while (reply := self._open.next(guest.incarnation, have, time.monotonic())) is None:
-            sync = self._open.sync
-            await self._until(guest, lambda: self._open.sync != sync or guest.incarnation not in self._open.heads)
+            await self._until(guest, partial(self._moved, guest, self._open.sync))
         self._settle()
         if reply.verdict == Verdict.outcome:
             await self._tell_outcome(guest, have + 1, first)
             return
         lease = None if reply.lease is None else asdict(reply.lease)
         await guest.send({"verdict": reply.verdict.value, "lease": lease})
+
+    def _moved(self, guest: _Guest, sync: int) -> bool:
+        return self._open.sync != sync or guest.incarnation not in self._open.heads
 
     async def _load(self, guest: _Guest) -> None:
         def known() -> bool:
@@ -287,7 +291,11 @@ class MeetingServer:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._point is None:
                 continue
-            self._point.look(time.monotonic())
+            now = time.monotonic()
+            for guest in list(self._guests.values()):
+                if now - guest.heard > self._terms.silence_seconds:
+                    guest.writer.transport.abort()
+            self._point.look(now)
             self._settle()
             if self._point.running and self._point.sync == self._terms.last and not self._point.heads:
                 self._done.set()
@@ -313,7 +321,7 @@ class MeetingServer:
             ]
         self._brought.clear()
         self._forget(point)
-        self._spool.keep_only({sync for sync in (head.synced for head in point.heads.values())})
+        self._spool.keep_only({head.synced for head in point.heads.values()})
         self._write(point, decision)
         self._wake()
 
@@ -321,9 +329,10 @@ class MeetingServer:
         """Let go of the oldest outcomes beyond the room for them, never of the last."""
         for sync in [one for one in self._outcomes if one > point.sync]:
             del self._outcomes[sync]  # the run has gone back
-        while len(self._outcomes) > 1 and sum(
-            outcome.size for outcomes in self._outcomes.values() for outcome in outcomes
-        ) > self._keep_bytes:
+        while (
+            len(self._outcomes) > 1
+            and sum(outcome.size for outcomes in self._outcomes.values() for outcome in outcomes) > self._keep_bytes
+        ):
             oldest = min(self._outcomes)
             del self._outcomes[oldest]
             point.drop(oldest)
