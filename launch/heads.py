@@ -10,8 +10,9 @@ from dataclasses import asdict
 from launch.guard import TrainingDiverged
 from launch.run import Run
 from parallel.exchange import HeadExchange
+from parallel.mpi_carrier import MpiCarrier
 from relora.dense import DenseGradients
-from relora.lte import DenseSync, Exchange, HeadWeight
+from relora.lte import DenseSync, Exchange, HeadWeight, Transport
 from relora.sync import HeadSync, SyncReport
 
 
@@ -21,7 +22,13 @@ def begin_heads(run: Run) -> None:
     if config.lte is None or run.state.step < config.warm_start_steps:
         return
     run.state.learned = run.state.learned or [0.0] * config.lte.fragments
-    heads = HeadExchange(run.runtime, config.lte)
+    heads = HeadExchange(
+        run.runtime,
+        heads=config.lte.heads,
+        choice=config.lte.exchange,
+        compression=config.lte.compression,
+        carrier=MpiCarrier(run.runtime) if config.lte.transport == Transport.mpi else None,
+    )
     if config.lte.dense == DenseSync.all_reduced:
         run.engine.share_dense(DenseGradients(heads, alike=run.engine.store.masters_alike))
     run.sync = HeadSync(

@@ -1,6 +1,7 @@
 """Where processes meet when only MPI knows: the main process picks a port, and MPI tells the others.
 
-mpi4py is imported here alone, and only under mpirun, so that machines without an MPI library lack nothing.
+mpi4py is imported here only under mpirun, and in parallel/mpi_carrier.py on request, so that machines without an MPI
+library lack nothing.
 """
 
 import dataclasses

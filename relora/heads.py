@@ -57,12 +57,17 @@ class Parcel:
 class Delivery(Protocol):
     """What a sync brings; `result` is called once for each parcel, in order, then `products`."""
 
-    members: list[int]
-    """Heads that took part, ascending."""
-    weights: list[float]
-    """Of each member in the means; they sum to 1."""
-    words: list[list[float]]
-    """What each member said."""
+    @property
+    def members(self) -> list[int]:
+        """Heads that took part, ascending."""
+
+    @property
+    def weights(self) -> list[float]:
+        """Of each member in the means; they sum to 1."""
+
+    @property
+    def words(self) -> list[list[float]]:
+        """What each member said."""
 
     def result(self) -> list[Tensor]:
         """Return the next parcel's outcome.
@@ -83,10 +88,12 @@ class Heads(Protocol):
 
     count: int
     """How many there are."""
-    hosted: Sequence[int]
-    """Those whose model this process holds (a part of): one, or all in one process."""
     sent: int
     """Bytes that this process has sent to the others."""
+
+    @property
+    def hosted(self) -> Sequence[int]:
+        """Those whose model this process holds (a part of): one, or all in one process."""
 
     def exchange(
         self, parcels: Sequence[Parcel], words: Sequence[Sequence[float]], *, background: bool = False

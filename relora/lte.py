@@ -143,6 +143,11 @@ class LteConfig:
                 f"lte.delay={self.delay} must be 0 or more, and below lte.sync_every / lte.fragments = "
                 f"{self.sync_every // self.fragments} steps: one sync is on its way at a time"
             )
+        if self.delay and self.dense == DenseSync.all_reduced:
+            raise ConfigError(
+                f"lte.delay={self.delay} has no effect with lte.dense=all_reduced, whose gradients take the way that a "
+                "sync is on: choose lte.dense=averaged, or lte.delay=0"
+            )
         if self.ranks is not None and (len(self.ranks) != self.heads or min(self.ranks) < 1):
             raise ConfigError(
                 f"lte.ranks must be {self.heads} ranks of at least 1, one for each head, got {self.ranks}"

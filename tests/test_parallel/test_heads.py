@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
 from parallel.runtime import start
-from parallel.sync_traffic import SyncedLayer, factors_are_fewer, layer_bytes
 from parallel.tensor import split_model
 from parallel.vocabulary import summed_cross_entropy
 from parallel.zero import ParallelConfig
@@ -120,6 +119,10 @@ def _engine(runtime, zero, config, dtype=torch.float32):
     )
 
 
+def _exchange(runtime, config):
+    return HeadExchange(runtime, heads=config.heads, choice=config.exchange, compression=config.compression)
+
+
 def _loss(engine, runtime, ids):
     share = len(ids) // runtime.data.size
     mine = ids[runtime.data.index * share :][:share]
@@ -132,7 +135,7 @@ def _trained(world, heads, tensor, zero, settings, dtype=torch.float32):
     config = LteConfig(heads=heads, **{"sync_every": EVERY, **settings})
     with start(tensor=tensor, heads=heads) as runtime:
         engine = _engine(runtime, zero, config, dtype)
-        others = HeadExchange(runtime, config)
+        others = _exchange(runtime, config)
         syncs = HeadSync(engine.model, config, engine.store, others, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
         if config.dense == "all_reduced":
             engine.share_dense(DenseGradients(others, alike=engine.store.masters_alike))
@@ -314,19 +317,6 @@ def test_the_sums_of_a_report_are_those_of_the_changes(on_processes):
         assert report.shrinkage == pytest.approx((mean.norm() / (sum(report.delta_norms) / 2)).item(), rel=1e-4)
 
 
-def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size():
-    for heads, (out, inputs) in itertools.product((2, 4, 8), ((64, 64), (128, 32))):
-        crossover = 2 * out * inputs / (out + inputs) / heads
-        for rank in range(1, 65):
-            fewer = factors_are_fewer(heads, factors=rank * (out + inputs), part=out * inputs)
-            assert fewer == (rank <= crossover)
-    layer = SyncedLayer(factors=4 * 128, part=64 * 64, alike=True)
-    for data in (1, 4):
-        configs = {way: LteConfig(heads=8, exchange=way, reset="factors") for way in Exchange if way != "shared"}
-        by = {way.value: layer_bytes(config, layer, data=data) for way, config in configs.items()}
-        assert by == {"auto": 7 * 2048 / data, "factors": 7 * 2048 / data, "dense": 2 * 7 * 2048 / data}
-
-
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "reduce",
                 "barrier", "all_to_all_single", "reduce_scatter", "all_gather_object", "send", "recv")  # fmt: skip
 
@@ -336,7 +326,7 @@ def _partners(world, zero):
     with start(heads=2) as runtime:
         config = LteConfig(heads=2, sync_every=1)
         engine = _engine(runtime, zero, config)
-        syncs = HeadSync(engine.model, config, engine.store, HeadExchange(runtime, config), seed=3, scale=float)
+        syncs = HeadSync(engine.model, config, engine.store, _exchange(runtime, config), seed=3, scale=float)
         met, real = set(), {name: getattr(dist, name) for name in _COLLECTIVES}
 
         def noting(name):
@@ -379,7 +369,7 @@ def _refusing(world, zero, dtype):
     config = LteConfig(heads=2, dense="all_reduced")
     with start(heads=2) as runtime:
         engine = _engine(runtime, zero, config, dtype)
-        engine.share_dense(DenseGradients(HeadExchange(runtime, config), alike=engine.store.masters_alike))
+        engine.share_dense(DenseGradients(_exchange(runtime, config), alike=engine.store.masters_alike))
         told, masters = [], []
         for number, ids in enumerate(_batches(runtime.head.index)[:2]):
             engine.backward(_loss(engine, runtime, ids))
