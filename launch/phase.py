@@ -101,7 +101,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
         regions=regions,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
-        microbatch_size=config.training.microbatch(runtime.batch.size),
+        microbatch_size=config.microbatch(runtime.batch.size),
         max_grad_norm=config.training.max_grad_norm,
     )
 

@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from continual.batches import Batch
+from continual.batches import Batch, joined
 from continual.data import Data
 from launch.config import TrainConfig
 from launch.guard import Guard
@@ -14,6 +14,7 @@ from launch.signals import StopRequest
 from launch.spectra import Spectra
 from launch.state import RunState
 from launch.watch import Watch
+from parallel.elastic import ElasticHeads
 from parallel.engine import Engine
 from parallel.runtime import Runtime
 from parallel.saving import Saver
@@ -46,6 +47,8 @@ class Run:
     spectra: Spectra | None
     sync: HeadSync | None = None
     """The syncs of LTE's heads; None while all processes train as one."""
+    elastic: ElasticHeads | None = None
+    """The way to heads that are other jobs."""
     diverged: str | None = None
     """Why this head cannot go on; the heads agree on it at the next sync."""
 
@@ -57,13 +60,16 @@ class Run:
     @property
     def microbatch(self) -> int:
         """Sequences per forward and backward of this process."""
-        return self.config.training.microbatch(self.runtime.batch.size)
+        return self.config.microbatch(self.runtime.batch.size)
 
     def next_batch(self) -> Batch:
         """This process's share of the next global batch."""
-        axis = self.runtime.batch
-        share = self.config.training.global_batch_size // axis.size
-        return self.data.train.batch(self.state.position + axis.index * share, share)
+        axis, size = self.runtime.batch, self.config.job_batch
+        share = size // axis.size
+        if self.elastic is None:
+            return self.data.train.batch(self.state.position + axis.index * share, share)
+        leased = self.elastic.leased(self.state.step, size, start=axis.index * share, count=share)
+        return joined([self.data.train.batch(start, stop - start) for start, stop in leased])
 
 
 def show_model(run: Run) -> None:

@@ -117,6 +117,11 @@ def adopt_start(run: Run, checkpoint: Checkpoint) -> None:
     on_main(run.runtime, adopt)
 
 
+def shared_parts(run: Run) -> Held:
+    """What this process holds of the model and the masters that is equal on all heads right after a sync."""
+    return {kind: {name: part for name, part in named.items() if is_shared(name)} for kind, named in _held(run).items()}
+
+
 def _held(run: Run) -> Held:
     """What this process holds of model and optimizer, under the names of checkpoints."""
     return {

@@ -18,6 +18,7 @@ from continual.data import Data, open_data
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.console import Console, make_console
+from launch.elastic import begin_state, come, enter
 from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
@@ -92,15 +93,18 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     hf_config = model_config(config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length)
     if config.model.name_or_path is None:
         name_special_tokens(hf_config, data.tokenizer)
+    elastic = come(config, folder, runtime, data, console.info)
     resume = folder.resume
     state = RunState.from_dict(resume.state["run"]) if resume else RunState()
     if resume:
         _check_data(folder, data)
+    if elastic is not None:
+        begin_state(elastic, state)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
     tensor = runtime.tensor.size
-    head = runtime.head.index
+    head = runtime.head.index if elastic is None else elastic.number
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, head=head)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
@@ -126,6 +130,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
+        elastic=elastic,
     )
     begin_heads(run)
     _introduce(run)
@@ -141,6 +146,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         seed_dropout(config.run.seed, runtime)
     else:
         _resume(run, resume)
+    enter(run)
     return run
 
 

@@ -5,7 +5,7 @@ processes of a head's data axis hold alike each sends a part of. The protocol is
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallel.collectives import broadcast_object, gather_objects
 from parallel.frames import Bytes
-from parallel.ledger import ranges_of
+from parallel.ledger import Range, ranges_of, taken
 from parallel.meeting_line import Connection, Frames, GivenUp, MeetingLine, MeetingLost
 from parallel.meeting_point import Decision, Lease, Terms
 from parallel.runtime import Runtime
@@ -32,7 +32,6 @@ _FP32 = 4
 class Admission:
     """How a head begins."""
 
-    number: int
     sync: int
     """The sync whose state it begins with."""
     joins: bool
@@ -72,10 +71,13 @@ class ElasticHeads:
         """Bytes that this process has sent."""
         self.leaving = False
         """Whether the next sync is this head's last one."""
+        self.admitted: Admission | None = None
+        """How this head began."""
         self.decision: Decision | None = None
         """About the last sync that was exchanged or asked for."""
-        self.next_sync: int | None = None
-        """The sync that this head trains towards."""
+        self.lease: Lease | None = None
+        """What this head does now."""
+        self._terms = terms
         hello = {
             "op": "hello",
             "token": token,
@@ -103,7 +105,8 @@ class ElasticHeads:
         decision = None if reply["decision"] is None else _decision(reply["decision"])
         self.hosted = [int(reply["number"])]
         self.decision = decision
-        return Admission(number=self.number, sync=int(reply["sync"]), joins=bool(reply["joins"]), decision=decision)
+        self.admitted = Admission(sync=int(reply["sync"]), joins=bool(reply["joins"]), decision=decision)
+        return self.admitted
 
     def come_again(self) -> None:
         """Ask to be admitted as a new head."""
@@ -128,6 +131,49 @@ class ElasticHeads:
         part = self._share(part, alike)
         return self.count * factors <= encoded_bytes(part, self._compression) + _FP32 * part
 
+    def step_of(self, sync: int) -> int:
+        """Steps after which a sync comes."""
+        return self._terms.step_of(sync)
+
+    def leased(self, step: int, size: int, *, start: int, count: int) -> list[Range]:
+        """Positions of the update after `step` steps, which takes `size`: `count` of them after the first `start`."""
+        assert self.lease is not None
+        done = self.lease.steps - (self.step_of(self.lease.sync) - step)
+        return taken(self.lease.ranges, done * size + start, count)
+
+    # ---- what those that join get
+
+    def hand_over(self, sync: int, parts: Iterable[tuple[dict[str, Any], Bytes]]) -> None:
+        """Bring the state after a sync to the meeting point, part by part."""
+
+        def frames() -> Iterator[tuple[dict[str, Any], Sequence[Bytes]]]:
+            for index, (header, data) in enumerate(parts):
+                self.sent += len(data)
+                yield {**header, "op": "state", "sync": sync, "first": index == 0}, [data]
+            yield {"op": "state_end", "sync": sync}, []
+
+        self.line.post(frames())
+
+    def take_over(self) -> list[tuple[dict[str, Any], Bytes]] | None:
+        """The parts of the state that this head begins with; None when who brings it was lost: ask for admission again.
+
+        Raises:
+            GivenUp: this head must join anew.
+        """
+        frames = self.line.stream(lambda connection, _: (connection.send({"op": "load"}), None)[1])
+        parts: list[tuple[dict[str, Any], Bytes]] = []
+        again = False
+        for header, payload in frames:
+            if "again" in header:
+                again = True
+                break
+            if header.get("first"):
+                parts = []  # the reply broke off, and began anew
+            if "end" not in header:
+                parts.append((header, payload))
+        frames.close()
+        return None if any(gather_objects(self._runtime, again)) else parts
+
     # ---- syncs
 
     def exchange(
@@ -139,11 +185,11 @@ class ElasticHeads:
             GivenUp: this head must join anew; on all of its processes.
         """
         assert not background, "lte.delay is 0 with elastic heads"
-        assert self.next_sync is not None, "a lease names the sync that it is for"
+        assert self.lease is not None, "a lease names the sync that it is for"
         kept = [[one.clone() for one in parcel.residuals or ()] for parcel in parcels]
         own = [self._encoded(parcel) for parcel in parcels]
         self.sent += sum(len(data) for data in own)
-        sync = self.next_sync
+        sync = self.lease.sync
 
         def issue(connection: Connection, first: int) -> None:
             for index, (parcel, data) in enumerate(zip(parcels, own, strict=True)):
@@ -180,11 +226,11 @@ class ElasticHeads:
         frames.close()
         if reply["verdict"] == "gone":
             raise GivenUp
-        if reply["lease"] is None:
-            return None
         lease = reply["lease"]
-        self.next_sync = int(lease["sync"])
-        return Lease(sync=self.next_sync, steps=int(lease["steps"]), ranges=ranges_of(lease["ranges"]))
+        if lease is None:
+            return None
+        self.lease = Lease(sync=int(lease["sync"]), steps=int(lease["steps"]), ranges=ranges_of(lease["ranges"]))
+        return self.lease
 
     def _delivery(self, reply: dict[str, Any], frames: Frames, own: list[Bytes]) -> "MeetingDelivery":
         self.decision = _decision(reply["decision"])
@@ -233,7 +279,7 @@ class ElasticHeads:
         for residual in parcel.residuals or ():
             lost = mine - decode(encoded, share, parcel.compression)
             residual.copy_(self.whole(lost[None], residual.numel(), alike=parcel.alike)[0])
-        return encoded.cpu().numpy().tobytes()
+        return encoded.cpu().contiguous().numpy().data
 
     def decoded(self, data: Bytes, entries: int, compression: Compression) -> Tensor:
         """The float32 entries of a part that has travelled."""
@@ -253,9 +299,7 @@ class ElasticHeads:
 class MeetingDelivery:
     """What a sync brings, parcel by parcel from the line. Implements `relora.heads.Delivery`."""
 
-    def __init__(
-        self, heads: ElasticHeads, decision: Decision, frames: Frames, own: Sequence[Bytes]
-    ) -> None:
+    def __init__(self, heads: ElasticHeads, decision: Decision, frames: Frames, own: Sequence[Bytes]) -> None:
         """`own` is what this process has brought, if it has."""
         self._heads, self._frames, self._own = heads, frames, iter(own)
         self.members, self.weights, self.words = decision.members, decision.weights, decision.words

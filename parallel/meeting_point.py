@@ -24,6 +24,8 @@ class Terms:
 
     identity: str
     """Of the configuration and the data."""
+    layout: str
+    """How the processes of a head share its model."""
     heads: int
     """How many there can be at once, and how many the start waits for."""
     quorum: int
@@ -326,7 +328,7 @@ class MeetingPoint:
             fits = head.checkpoint == base and len(current) < self.terms.heads
             if fits and (base == 0 or (head.wanted is not None and head.wanted not in taken)):
                 head.number = self._free_number() if base == 0 or head.wanted is None else head.wanted
-                taken.add(head.number)
+                taken.add(_number(head))
                 head.standing, head.synced = Standing.live, base
                 current.append(head)
         self.running, self._decided_at, self._period = True, now, None
@@ -348,8 +350,8 @@ class MeetingPoint:
         undone = self.ledger.undo(base)
         self._returned += undone
         self._say(
-            f"nobody has the state of sync {self.sync}: the run goes back to the newest checkpoint, of sync {base}, and the "
-            f"positions {shown(undone)} are trained on again"
+            f"nobody has the state of sync {self.sync}: the run goes back to the newest checkpoint, of sync {base}, "
+            f"and the positions {shown(undone)} are trained on again"
         )
         self.decisions.clear()
         self._ready.clear()
@@ -360,7 +362,9 @@ class MeetingPoint:
         living = [head for head in self.heads.values() if head.standing == Standing.live]
         here = [head for head in living if self._has_answered(head)]
         if not here:
-            if not any(head.standing != Standing.waiting and self._lives_on(head) for head in self.heads.values()):
+            if self.sync < self.terms.last and not any(
+                head.standing != Standing.waiting and self._lives_on(head) for head in self.heads.values()
+            ):
                 self._stop_running()
                 return True
             return False

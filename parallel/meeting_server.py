@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ _BEAT_SECONDS = 1.0
 _LOOK_SECONDS = 0.1
 _HELLO_SECONDS = 10.0
 _LONGEST = 1 << 40
+_FREE = ("layout", "quorum", "wait_seconds", "silence_seconds", "positions")
+"""Terms that may change while no head is there."""
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class MeetingServer:
             self._point = MeetingPoint(Terms(**stored["terms"]), ledger, sync=stored["sync"])
             say(f"{path}: {stored['sync']} syncs were made, {ledger.merged_count:,} sequences are in them")
 
-    async def serve(self, host: str, port: int) -> None:
+    async def serve(self, host: str | None, port: int) -> None:
         """Serve until the run is complete and all heads have left."""
         server = await asyncio.start_server(self._guest, host, port)
         looking = asyncio.create_task(self._look())
@@ -139,6 +141,8 @@ class MeetingServer:
             terms = Terms(**header["terms"])
             if self._point is None:
                 self._point = MeetingPoint(terms, Ledger())
+            if not self._point.heads:  # all jobs have stopped: how they run may change, but not what they train
+                self._point.terms = replace(self._point.terms, **{key: asdict(terms)[key] for key in _FREE})
             _check_terms(self._point.terms, terms)
             counts = self._point.hello(
                 str(header["incarnation"]),
