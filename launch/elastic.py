@@ -26,7 +26,7 @@ from launch.state import RunState
 from parallel.elastic import Admission, ElasticHeads
 from parallel.frames import TOKEN_VARIABLE, Bytes
 from parallel.ledger import Range, shown
-from parallel.meeting_line import GivenUp
+from parallel.meeting_line import GivenUp, MeetingLost
 from parallel.meeting_point import Decision, Lease, Terms
 from parallel.regions import Region
 from parallel.runtime import Runtime
@@ -56,9 +56,13 @@ def come(
         token=os.environ.get(TOKEN_VARIABLE, ""),
         checkpoint=0 if counters is None else counters["syncs"],
         wanted=None if counters is None else counters["number"],
+        era=0 if counters is None else counters["era"],
         patience_seconds=config.parallel.timeout_seconds,
     )
-    admission = heads.admission()
+    try:
+        admission = heads.admission()
+    except GivenUp as error:
+        raise MeetingLost("the run has ended while this head waited to be admitted to it") from error
     if admission.joins and folder.resume is not None:
         say(f"the others are at sync {admission.sync}, so {folder.resume.folder} is not used")
         folder.resume = None
@@ -89,7 +93,7 @@ def terms_of(config: TrainConfig, runtime: Runtime, fingerprint: str) -> Terms:
 def begin_state(heads: ElasticHeads, state: RunState) -> None:
     """Set the counters that a head begins with."""
     assert heads.admitted is not None
-    state.number, state.syncs = heads.number, heads.admitted.sync
+    state.number, state.syncs, state.era = heads.number, heads.admitted.sync, heads.admitted.era
     state.step = heads.step_of(state.syncs)
 
 
@@ -99,13 +103,16 @@ def enter(run: Run) -> None:
     if heads is None:
         return
     assert heads.admitted is not None
-    if heads.admitted.joins:
-        _take_state(run, heads.admitted)
-    else:
-        _settle(run, heads.admitted.decision)
     _draw_dropout(run)
-    if not _follow(run):
-        _leave(run, "is done")
+    try:
+        if heads.admitted.joins:
+            _take_state(run, heads.admitted)
+        else:
+            _settle(run, heads.admitted.decision)
+        if not _follow(run):
+            _leave(run, "is done")
+    except GivenUp:
+        _join_anew(run)
 
 
 def meet_others(run: Run) -> None:
@@ -271,23 +278,25 @@ def _take_state(run: Run, admission: Admission) -> None:
 
 
 def _join_anew(run: Run) -> None:
-    """Come again as a new head, after this one was given up; what it had not brought to a sync is dropped."""
+    """Come again as a new head, after this one was given up; what it had not brought to a sync is dropped.
+
+    Raises:
+        MeetingLost: no head has the run's state any more.
+    """
     heads = run.elastic
     assert heads is not None
     run.watch.say(
         "the meeting point has given this head up: it joins anew, without what it has learned since its last sync"
     )
-    while True:
-        try:
-            heads.come_again()
-            admission = heads.admission()
-            if admission.joins:
-                _take_state(run, admission)
-            if not _follow(run):
-                _leave(run, "is done")
-            return
-        except GivenUp:
-            continue
+    try:
+        heads.come_again()
+        _take_state(run, heads.admission())
+        if not _follow(run):
+            _leave(run, "is done")
+    except GivenUp as error:
+        raise MeetingLost(
+            "no head has the run's state in memory any more. Checkpoints are whole: start the same command again"
+        ) from error
 
 
 def _drop_change(run: Run) -> None:

@@ -34,6 +34,8 @@ class Admission:
 
     sync: int
     """The sync whose state it begins with."""
+    era: int
+    """How often the run has gone back."""
     joins: bool
     """Whether it gets that from another head; otherwise its own checkpoint, or the beginning, is the state."""
     decision: Decision | None
@@ -54,9 +56,10 @@ class ElasticHeads:
         token: str,
         checkpoint: int,
         wanted: int | None,
+        era: int,
         patience_seconds: float,
     ) -> None:
-        """Say hello; `checkpoint` is the sync of this job's own one, 0 without.
+        """Say hello; what `checkpoint`, `wanted` and `era` are, MeetingPoint.hello says.
 
         Raises:
             ConfigError: the meeting point refuses this head.
@@ -86,6 +89,7 @@ class ElasticHeads:
             "terms": asdict(terms),
             "checkpoint": checkpoint,
             "wanted": wanted,
+            "era": era,
         }
         try:
             self.line = MeetingLine(
@@ -105,7 +109,9 @@ class ElasticHeads:
         decision = None if reply["decision"] is None else _decision(reply["decision"])
         self.hosted = [int(reply["number"])]
         self.decision = decision
-        self.admitted = Admission(sync=int(reply["sync"]), joins=bool(reply["joins"]), decision=decision)
+        self.admitted = Admission(
+            sync=int(reply["sync"]), era=int(reply["era"]), joins=bool(reply["joins"]), decision=decision
+        )
         return self.admitted
 
     def come_again(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.frames import Bytes, Message, receive_frame, send_frame
+from parallel.meeting_point import STATELESS
 from relora.errors import ConfigError
 
 Frames = Generator[Message, None, None]
@@ -77,7 +78,7 @@ class MeetingLine:
         """Say hello as another head, after this one was given up."""
         with self._asking:
             self._hang_up()
-            self._hello = {**self._hello, "incarnation": incarnation, "checkpoint": 0, "wanted": None}
+            self._hello = {**self._hello, "incarnation": incarnation, "checkpoint": STATELESS, "wanted": None}
             self._connect(self._silence)
 
     def ask(self, header: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,8 @@ class MeetingLine:
                     issue(connection, got)
                     while True:
                         message = receive_frame(connection.socket)
+                        if "refused" in message[0]:
+                            raise self._refusal(message[0])
                         if message[0].get("gone"):
                             raise GivenUp
                         if "waiting" in message[0] or ("decision" in message[0] and got):
@@ -159,7 +162,7 @@ class MeetingLine:
         send_frame(end, self._hello)
         reply, _ = receive_frame(end)
         if "refused" in reply:
-            raise ConfigError(f"the meeting point at {self._place[0]}:{self._place[1]} refuses: {reply['refused']}")
+            raise self._refusal(reply)
         if self._session not in (None, reply["session"]):
             raise MeetingLost(
                 "the meeting point has been started anew, and does not know this head's lease any more. Checkpoints "
@@ -169,6 +172,9 @@ class MeetingLine:
             raise GivenUp
         self._session = reply["session"]
         return Connection(end, threading.Lock())
+
+    def _refusal(self, reply: dict[str, Any]) -> ConfigError:
+        return ConfigError(f"the meeting point at {self._place[0]}:{self._place[1]} refuses: {reply['refused']}")
 
     def _hang_up(self) -> None:
         if self._connection is not None:

@@ -7,11 +7,15 @@ in parallel/meeting_server.py, how positions are accounted for in parallel/ledge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from parallel.ledger import RECENT, Ledger, Range, shown
+
+STATELESS = -1
+"""In place of a checkpoint's sync: a head that has begun once and can only begin again with another one's state."""
 
 
 class Refused(ValueError):
@@ -154,11 +158,15 @@ class Reply:
 class MeetingPoint:
     """Decides; all methods are quick and none waits."""
 
-    def __init__(self, terms: Terms, ledger: Ledger, *, sync: int = 0) -> None:
+    def __init__(self, terms: Terms, ledger: Ledger, *, sync: int = 0, eras: Sequence[int] = ()) -> None:
         """Begin, or go on after the sync that a file names, with all its leases returned."""
         self.terms, self.ledger, self.sync = terms, ledger, sync
+        self.eras = list(eras)
+        """The syncs that the run has gone back to; a checkpoint from before and of a later sync is of another run."""
         self.heads: dict[str, Head] = {}
         """By incarnation."""
+        self.finished = False
+        """Whether some head has said goodbye with the last sync in it."""
         self.running = False
         """Whether some head has the state of the last sync."""
         self.decisions: dict[int, Decision] = {}
@@ -176,17 +184,24 @@ class MeetingPoint:
 
     # ---- what heads do
 
-    def hello(self, incarnation: str, position: int, *, checkpoint: int, wanted: int | None, now: float) -> bool:
+    def hello(
+        self, incarnation: str, position: int, *, checkpoint: int, wanted: int | None, era: int, now: float
+    ) -> bool:
         """A process of a head has connected, for the first time or again; returns whether its head still counts.
+
+        Args:
+            checkpoint: the sync of the job's own checkpoint, 0 without, STATELESS where another's state is needed.
+            wanted: the head's number in it.
+            era: how often the run had gone back when it was written.
 
         Raises:
             Refused: its checkpoint is from after everything that is known here.
         """
-        if incarnation in self._given_up:
+        if incarnation in self._given_up or (checkpoint == STATELESS and not self.running):
             return False
         if incarnation not in self.heads:
-            if self.running and self.sync == self.terms.last and checkpoint < self.sync:
-                raise Refused("the run is complete: its results are in the folders of the other heads")
+            if any(checkpoint > base for base in self.eras[era:]):
+                checkpoint = STATELESS
             if checkpoint > self.sync:
                 raise Refused(
                     f"its checkpoint is of sync {checkpoint}, and the meeting point knows {self.sync} syncs: name the "
@@ -240,6 +255,7 @@ class MeetingPoint:
         """A head leaves by its own will."""
         head = self.heads.get(incarnation)
         if head is not None:
+            self.finished = self.finished or (self.running and self.sync == self.terms.last)
             self._remove(head, reason)
         self.look(now)
 
@@ -270,7 +286,7 @@ class MeetingPoint:
         while self._decide(now) if self.running else self._start(now):
             pass
         if self.running and self.sync == self.terms.last:
-            self._take_in_finished()
+            self._look_after_the_end()
 
     def _next(self, head: Head, have: int, now: float) -> Reply | None:
         head.standing = Standing.live
@@ -293,6 +309,8 @@ class MeetingPoint:
         whole = self.terms.step_of(self.sync + 1) - self.terms.step_of(self.sync)
         # One step less with a change of its own still open: where the others have checkpoints, it has none to write.
         most = whole - 1 if self._pending(head) else whole
+        if sum(one.lease is not None for one in self.heads.values()) < self.terms.quorum:
+            return most  # no sync can be made without it
         known = [one.pace for one in self.heads.values() if one.pace is not None]
         if self._period is None or not known:
             return most
@@ -313,7 +331,7 @@ class MeetingPoint:
 
     def _start(self, now: float) -> bool:
         """Begin with the heads that have come, from the newest checkpoint among them."""
-        comers = [head for head in self.heads.values() if self._complete(head)]
+        comers = [head for head in self.heads.values() if self._complete(head) and head.checkpoint != STATELESS]
         if not comers:
             return False
         waited = now - min(head.since for head in comers)
@@ -321,6 +339,9 @@ class MeetingPoint:
             self._say(f"{len(comers)} of {self.terms.heads} heads have come; a quorum is {self.terms.quorum}")
             return False
         base = max(head.checkpoint for head in comers)
+        if self.sync - base > RECENT:
+            self._say(f"the newest checkpoint is of sync {base} of {self.sync}, and only {RECENT} can be undone")
+            return False
         self._go_back(base)
         current: list[Head] = []
         taken: set[int] = set()
@@ -343,10 +364,6 @@ class MeetingPoint:
     def _go_back(self, base: int) -> None:
         if base == self.sync:
             return
-        if self.sync - base > RECENT:
-            raise Refused(
-                f"the newest checkpoint is of sync {base} of {self.sync}, and only the last {RECENT} can be undone"
-            )
         undone = self.ledger.undo(base)
         self._returned += undone
         self._say(
@@ -355,6 +372,7 @@ class MeetingPoint:
         )
         self.decisions.clear()
         self._ready.clear()
+        self.eras.append(base)
         self.sync = base
 
     def _decide(self, now: float) -> bool:
@@ -362,7 +380,7 @@ class MeetingPoint:
         living = [head for head in self.heads.values() if head.standing == Standing.live]
         here = [head for head in living if self._has_answered(head)]
         if not here:
-            if self.sync < self.terms.last and not any(
+            if not self.finished and not any(
                 head.standing != Standing.waiting and self._lives_on(head) for head in self.heads.values()
             ):
                 self._stop_running()
@@ -446,17 +464,20 @@ class MeetingPoint:
             if number is None:
                 self._say(f"a head waits: all of lte.heads={self.terms.heads} are there")
                 break
+            old = f"; its checkpoint, of sync {head.checkpoint}, is not used" if head.checkpoint > 0 else ""
             head.number, head.standing, head.synced, head.replies = number, Standing.joining, sync, {}
+            head.checkpoint = STATELESS
             joined.append(number)
-            old = f"; its checkpoint, of sync {head.checkpoint}, is not used" if head.checkpoint else ""
             self._say(f"head {number} joins with the state after sync {sync}{old}")
         return joined
 
-    def _take_in_finished(self) -> None:
+    def _look_after_the_end(self) -> None:
         """Let a head that has the last sync in its checkpoint finish what it has left to do."""
         for head in self.heads.values():
             if head.standing == Standing.waiting and head.checkpoint == self.sync and self._complete(head):
                 head.standing, head.synced, head.number = Standing.live, self.sync, self._free_number()
+        if self.finished and not any(self._lives_on(head) for head in self.heads.values()):
+            self._give_up(list(self.heads.values()))
 
     def _free_number(self) -> int | None:
         taken = {head.number for head in self.heads.values() if head.number is not None}
@@ -468,6 +489,7 @@ class MeetingPoint:
             head.lost = True
             self._say(f"head {head.number} {reason}; its answer to sync {self.sync + 1} counts")
             self._gone.append(f"head {head.number} {reason}")
+            self._orphaned(head)
             return
         del self.heads[head.incarnation]
         if head.number is None:
@@ -491,9 +513,14 @@ class MeetingPoint:
     def _stop_running(self) -> None:
         self.running = False
         self._say(f"no head has the state of sync {self.sync} any more: the run starts again when heads have come")
-        for head in self.heads.values():
-            head.standing, head.number, head.lease = Standing.waiting, None, None
+        self._give_up([head for head in self.heads.values() if head.checkpoint == STATELESS])
         self._returned += self.ledger.give_all_back()
+
+    def _give_up(self, heads: list[Head]) -> None:
+        """Let go of heads that would need a state which nobody has any more; their jobs may start again."""
+        for head in heads:
+            self._given_up.add(head.incarnation)
+            del self.heads[head.incarnation]
 
     def _lives_on(self, head: Head) -> bool:
         return head.standing == Standing.live or head.synced in self._ready
@@ -512,7 +539,7 @@ class MeetingPoint:
 
 def saved(point: MeetingPoint) -> dict[str, Any]:
     """What a restarted meeting point must know."""
-    return {"sync": point.sync, "ledger": point.ledger.to_json()}
+    return {"sync": point.sync, "eras": point.eras, "ledger": point.ledger.to_json()}
 
 
 def _number(head: Head) -> int:

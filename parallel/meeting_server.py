@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class MeetingServer:
             if stored.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {stored.get('format')!r}, and this version reads {FORMAT}")
             ledger = Ledger.from_json(stored["ledger"])
-            self._point = MeetingPoint(Terms(**stored["terms"]), ledger, sync=stored["sync"])
+            self._point = MeetingPoint(Terms(**stored["terms"]), ledger, sync=stored["sync"], eras=stored["eras"])
             say(f"{path}: {stored['sync']} syncs were made, {ledger.merged_count:,} sequences are in them")
 
     async def serve(self, host: str | None, port: int) -> None:
@@ -149,6 +148,7 @@ class MeetingServer:
                 int(header["position"]),
                 checkpoint=int(header["checkpoint"]),
                 wanted=header["wanted"],
+                era=int(header["era"]),
                 now=time.monotonic(),
             )
         except Refused as error:
@@ -205,10 +205,13 @@ class MeetingServer:
     async def _until(self, guest: _Guest, ready: Callable[[], bool]) -> None:
         """Wait for something, and let the head know that it is waited for."""
         while not ready():
-            try:
-                await asyncio.wait_for(self._changed.wait(), _BEAT_SECONDS)
-            except asyncio.TimeoutError:
-                await guest.send({"waiting": True})
+            await self._pause(guest)
+
+    async def _pause(self, guest: _Guest) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), _BEAT_SECONDS)
+        except asyncio.TimeoutError:
+            await guest.send({"waiting": True})
 
     async def _admission(self, guest: _Guest) -> None:
         def admitted() -> bool:
@@ -218,12 +221,15 @@ class MeetingServer:
         await self._until(guest, admitted)
         head = self._open.heads.get(guest.incarnation)
         if head is None:
-            await guest.send({"gone": True})
+            over = "the run is complete without this head: its results are in the folders of the others"
+            await guest.send({"refused": over} if self._open.finished else {"gone": True})
             return
         decision = self._open.decisions.get(head.synced)
         told = None if decision is None else asdict(decision)
         joins = head.standing == Standing.joining
-        await guest.send({"number": head.number, "sync": head.synced, "joins": joins, "decision": told})
+        await guest.send(
+            {"number": head.number, "sync": head.synced, "joins": joins, "decision": told, "era": len(self._open.eras)}
+        )
 
     def _answer(self, guest: _Guest, header: dict[str, Any], now: float) -> Awaitable[None]:
         sync, head = int(header["sync"]), self._open.heads.get(guest.incarnation)
@@ -261,16 +267,13 @@ class MeetingServer:
 
     async def _next(self, guest: _Guest, have: int, first: int) -> None:
         while (reply := self._open.next(guest.incarnation, have, time.monotonic())) is None:
-            await self._until(guest, partial(self._moved, guest, self._open.sync))
+            await self._pause(guest)
         self._settle()
         if reply.verdict == Verdict.outcome:
             await self._tell_outcome(guest, have + 1, first)
             return
         lease = None if reply.lease is None else asdict(reply.lease)
         await guest.send({"verdict": reply.verdict.value, "lease": lease})
-
-    def _moved(self, guest: _Guest, sync: int) -> bool:
-        return self._open.sync != sync or guest.incarnation not in self._open.heads
 
     async def _load(self, guest: _Guest) -> None:
         def known() -> bool:
@@ -301,7 +304,7 @@ class MeetingServer:
                     guest.writer.transport.abort()
             self._point.look(now)
             self._settle()
-            if self._point.running and self._point.sync == self._terms.last and not self._point.heads:
+            if self._point.finished and not self._point.heads:
                 self._done.set()
 
     def _settle(self) -> None:
