@@ -26,6 +26,7 @@ class Job:
 
     folder: Path
     overrides: tuple[str, ...]
+    processes: int = 1
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -96,7 +97,9 @@ class _Progress:
 def _train(job: Job, progress: _Progress) -> None:
     log = job.folder.with_name(job.folder.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "launch.train", *job.overrides, f"run.dir={job.folder}"]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.processes}"]
+    starter = several if job.processes > 1 else []
+    command = [sys.executable, *starter, "-m", "launch.train", *job.overrides, f"run.dir={job.folder}"]
     # The pool of threads is sized at start-up, before training.threads is read.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w", encoding="utf-8") as file:

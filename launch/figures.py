@@ -91,13 +91,14 @@ def throughput_figure(histories: Sequence[History]) -> Figure:
 
 
 def spectra_figure(history: History) -> Figure:
-    """Singular values of W - W_start: a row per layer, a column per kind of module, a line per restart."""
+    """Singular values of W - W_start: a row per layer, a column per kind of module, a line per merge."""
     layers = history.layers()
     rows = _grid(select_modules(layers, "sample"))
     kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
     figure = Figure(figsize=(2.3 * len(kinds) + 1.2, 2.1 * len(rows) + 1.0), layout="constrained")
     panels = figure.subplots(len(rows), len(kinds), squeeze=False, sharey=True)
-    colour = _bar(figure, panels, [record["restart"] for record in history.spectra], "restart", _RESTARTS)
+    merges = [record["restart"] for record in history.spectra]
+    colour = _bar(figure, panels, merges, "syncs" if history.syncs() else "restart", _RESTARTS)
     top = max((max(record["singular_values"], default=0.0) for record in history.spectra), default=0.0) or 1.0
     for line, (row, modules) in zip(panels, rows.items(), strict=True):
         for axes, kind in zip(line, kinds, strict=True):
@@ -105,9 +106,9 @@ def spectra_figure(history: History) -> Figure:
                 values = record["singular_values"]
                 place = range(1, len(values) + 1)
                 axes.plot(place, values, color=colour(record["restart"]), linewidth=1.2)
-            if rank := history.config.get("lora.rank"):
+            if rank := drawn_rank(history):
                 axes.axvline(rank, color="0.5", linestyle=":", linewidth=1)
-            _open(axes)
+            open_axes(axes)
         line[0].set_ylabel(f"{row}\nsingular value".strip())
     for axes, kind in zip(panels[0], kinds, strict=True):
         axes.set_title(kind, fontsize="small")
@@ -140,7 +141,7 @@ def rank_figure(history: History) -> Figure:
     panels[0][0].set_ylabel("effective rank")
     panels[1][0].set_ylabel("numerical rank")
     for axes in panels.flat:
-        _open(axes)
+        open_axes(axes)
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     return figure
@@ -177,11 +178,35 @@ def mean_effective_rank(history: History) -> Series:
 
 
 def rank_bound(history: History, records: Sequence[Record]) -> list[int]:
-    """What the rank of a module's update cannot exceed: adapter rank times merges; empty if it is not known."""
-    rank = history.config.get("lora.rank")
-    if not isinstance(rank, int) or any(key.startswith("lora.rank_pattern.") for key in history.config):
+    """What the rank of a module's update cannot exceed: ranks of all factors so far; empty if it is not known."""
+    rank = drawn_rank(history)
+    if rank is None:
         return []
-    return [min(rank * record["restart"], *record["shape"]) for record in records]
+    return [min(rank * _draws(history, record["restart"]), *record["shape"]) for record in records]
+
+
+def drawn_rank(history: History) -> int | None:
+    """The adapter rank, with LTE that of all heads together: what a single merge cannot pass; None if not known."""
+    told = history.config
+    if any(key.startswith("lora.rank_pattern.") for key in told):
+        return None
+    rank, ranks = told.get("lora.rank"), told.get("lte.ranks")
+    if isinstance(ranks, list):
+        return sum(ranks)
+    together = (
+        1 if told.get("lte.exchange") == "shared" else told.get("lte.heads", 1)
+    )  # the mean of products with one down
+    return rank * together if isinstance(rank, int) else None
+
+
+def _draws(history: History, merges: int) -> int:
+    """How many sets of factors so many merges can have taken from."""
+    told = history.config
+    if "relora.every" in told:
+        return merges
+    if told.get("lte.reset") == "none" and told.get("lte.outer") in (None, "none"):
+        return 1  # the merges telescope
+    return -(-merges // (told.get("lte.reset_every") or 1))
 
 
 def _grid(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -211,7 +236,7 @@ def _bar(figure: Figure, panels: Any, values: Sequence[int], label: str, colours
 
 
 def _finish(axes: Axes, histories: Sequence[History], title: str) -> None:
-    _open(axes)
+    open_axes(axes)
     axes.set_xlabel("step")
     axes.set_ylabel(title)
     axes.margins(x=0.01)
@@ -224,7 +249,8 @@ def _finish(axes: Axes, histories: Sequence[History], title: str) -> None:
             axes.axvline(step, color=colour, alpha=0.5, linewidth=1, linestyle=":", zorder=0)
 
 
-def _open(axes: Axes) -> None:
+def open_axes(axes: Axes) -> None:
+    """Take away what frames the data needlessly, and let a grid help to read values."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.93", zorder=0)
     axes.set_axisbelow(True)

@@ -13,6 +13,7 @@ from launch.run import Run
 from launch.snapshot import is_shared, of_head
 from parallel.checkpoint import Checkpoint
 from parallel.regions import Region
+from relora.dense import DENSE
 
 KIND = "lte"
 
@@ -29,7 +30,7 @@ def load_syncs(run: Run, checkpoint: Checkpoint) -> None:
     """Take it over from a checkpoint, for as many heads as it has; the others begin with none."""
     sync, store = run.sync, run.engine.store
     assert sync is not None
-    sync.settle()
+    sync.dense.settle()
     sync.make_room()
     stored = set(checkpoint.names(KIND))
     for name, region, part in _parts(run):
@@ -90,8 +91,8 @@ def _parts(run: Run) -> Iterator[tuple[str, Region, Tensor]]:
     assert sync is not None
     for name, layer in sync.layers.items():
         region = store.base_region(layer)
-        if name in sync.momenta:
-            yield f"{name}.weight/momentum", region, sync.momenta[name]
+        if name in sync.outer.momenta:
+            yield f"{name}.weight/momentum", region, sync.outer.momenta[name]
         leaf = "up" if sync.shares_down else "weight"
         if sync.shares_down:
             region = _of_one_head(run, store.region(f"{name}.up"))
@@ -104,13 +105,13 @@ def _dense_parts(run: Run) -> Iterator[tuple[str, Region, Tensor]]:
     sync, store = run.sync, run.engine.store
     assert sync is not None
     start = 0
-    for parameter in sync.dense:
+    for parameter in sync.dense.parameters:
         name, region = store.name(parameter), _of_one_head(run, store.master_region(parameter))
         inside = slice(start, start + region.numel)
         start = inside.stop
-        if "dense" in sync.momenta:
-            yield f"{name}/momentum", region, sync.momenta["dense"][inside].view(region.part_shape)
-        for head, residual in zip(sync.hosted, sync.residuals.get("dense", ()), strict=False):
+        if DENSE in sync.outer.momenta:
+            yield f"{name}/momentum", region, sync.outer.momenta[DENSE][inside].view(region.part_shape)
+        for head, residual in zip(sync.hosted, sync.residuals.get(DENSE, ()), strict=False):
             yield of_head(head, f"{name}/residual"), region, residual[inside].view(region.part_shape)
 
 

@@ -13,7 +13,8 @@ from parallel.exchange import HeadExchange
 from parallel.mpi_carrier import MpiCarrier
 from relora.dense import DenseGradients
 from relora.lte import DenseSync, Exchange, HeadWeight, Transport
-from relora.sync import HeadSync, SyncReport
+from relora.sync import HeadSync
+from relora.sync_report import SyncReport
 
 
 def begin_heads(run: Run) -> None:
@@ -40,7 +41,13 @@ def begin_heads(run: Run) -> None:
         seed=config.run.seed,
         scale=config.lora.scale if config.lora is not None else float,
         anchored=run.elastic is not None,
+        measured=_measured(run),
     )
+
+
+def _measured(run: Run) -> list[str]:
+    """Layers of whose merged change the rank is told; none where tensor parallelism has cut the factors."""
+    return run.spectra.modules(run.model) if run.spectra is not None and run.runtime.tensor.size == 1 else []
 
 
 def drawn_for(run: Run) -> list[int]:

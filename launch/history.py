@@ -25,7 +25,7 @@ class History:
     events: list[Record]
     """Records of events."""
     spectra: list[Record]
-    """One record per layer and restart; empty for a run without them."""
+    """One record per layer and restart, or sync; empty for a run without them."""
     summary: Record
     """The outcome; empty while the run is not finished."""
     config: dict[str, Any]
@@ -49,8 +49,12 @@ class History:
         """The steps after which an event came."""
         return [record["step"] for record in self.events if record["event"] == event]
 
+    def syncs(self) -> list[Record]:
+        """The syncs of LTE's heads, in order."""
+        return [record for record in self.events if record["event"] == "sync"]
+
     def layers(self) -> dict[str, list[Record]]:
-        """The spectra of each module in the order of its restarts."""
+        """The spectra of each module in the order of restarts and syncs."""
         found: dict[str, list[Record]] = {}
         for record in sorted(self.spectra, key=lambda record: record["restart"]):
             found.setdefault(record["module"], []).append(record)

@@ -12,7 +12,7 @@ from launch.guard import TrainingDiverged
 from launch.heads import drawn_for, sync_run
 from launch.objective import accumulate, mean_loss, validation_batches
 from launch.phase import low_rank_at
-from launch.run import Run
+from launch.run import Run, measure_update
 from launch.saves import note_published, save_checkpoint
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
@@ -45,6 +45,8 @@ def train(run: Run) -> bool:
             restart_run(run)
         if _due(config.evaluation.every, state.step) or state.step == total:
             evaluate(run)
+            if run.sync is not None and not restarts and state.step < total:
+                measure_update(run)  # far more work than a sync; restarts and the end have theirs
         if warm_start_ends:
             run.watch.event("warm_start_end", state.step)
         if warm_start_ends or (_due(config.checkpoint.every, state.step) and state.step < total):
@@ -128,9 +130,7 @@ def restart_run(run: Run) -> None:
         f"step {state.step}: restart {report.restart}, {report.layers} layers merged (update {report.update_ratio:.2%} "
         f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared"
     )
-    if run.spectra is not None:
-        weight_of = run.engine.store.whole_weight
-        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=state.restarts)
+    measure_update(run)
 
 
 def evaluate(run: Run) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from launch import exits, figures
+from launch import exits, figures, sync_figures
 from launch.history import History, differences, read_histories
 from launch.readings import cell
 from relora.errors import ConfigError
@@ -26,6 +26,10 @@ _OUTCOME = (
     "val_loss",
     "val_perplexity",
     "restarts",
+    "syncs",
+    "bytes_sent",
+    "sync_seconds",
+    "sync_share",
     "tokens_per_second",
     "peak_memory_bytes",
     "wall_seconds",
@@ -87,26 +91,60 @@ def _draw(histories: Sequence[History]) -> Iterable[tuple[str, str, str, Figure]
     yield "loss", "Loss and perplexity", f"Thin: each record; thick: smoothed. {marks}", figures.loss_figure(histories)
     yield "learning_rate", "Learning rate", marks, figures.learning_rate_figure(histories)
     yield "throughput", "Throughput", "Thin: each record; thick: smoothed.", figures.throughput_figure(histories)
+    for history in histories:
+        yield from _draw_syncs(history, *_names_of(history, histories))
     measured = [history for history in histories if history.spectra]
     if len(measured) > 1:
         caption = "Of W - W_start, the mean over the measured modules."
         yield "effective_rank", "Effective rank", caption, figures.mean_rank_figure(histories)
     for history in measured:
-        suffix = "" if len(histories) == 1 else "_" + re.sub(r"[^A-Za-z0-9.-]+", "_", history.name)
-        of = "" if len(histories) == 1 else f", {history.name}"
+        suffix, of = _names_of(history, histories)
         yield (
             f"spectra{suffix}",
             f"Singular values of W - W_start{of}",
-            "One line per restart. Dotted: the adapter rank, which a single cycle cannot pass.",
+            "One line per restart, or per sync at which it was measured. Dotted: the adapter rank (of all heads "
+            "together), which a single merge cannot pass.",
             figures.spectra_figure(history),
         )
         yield (
             f"rank{suffix}",
             f"Rank of W - W_start{of}",
             "Above: exponential of the entropy of the singular values. Below: how many stand above rounding; "
-            "dotted: adapter rank times merges, the most there can be.",
+            "dotted: the ranks of all factors so far, the most there can be.",
             figures.rank_figure(history),
         )
+
+
+def _draw_syncs(history: History, suffix: str, of: str) -> Iterable[tuple[str, str, str, Figure]]:
+    """What the syncs of a run's heads tell, if it has any."""
+    if not history.syncs():
+        return
+    yield (
+        f"heads{suffix}",
+        f"Heads at their syncs{of}",
+        "A change is what a head's factors add since the last sync, over all layers. The mean of equal changes has a "
+        "ratio of 1; heads that go different ways shrink it.",
+        sync_figures.agreement_figure(history),
+    )
+    yield (
+        f"sync_rank{suffix}",
+        f"Effective rank of merged changes{of}",
+        "Exponential of the entropy of the singular values, for layers whose factors travel.",
+        sync_figures.sync_rank_figure(history),
+    )
+    yield (
+        f"sync_cost{suffix}",
+        f"What syncs cost{of}",
+        "Wall time of the first head, waiting for others included; validation and checkpoints do not count.",
+        sync_figures.sync_cost_figure(history),
+    )
+
+
+def _names_of(history: History, histories: Sequence[History]) -> tuple[str, str]:
+    """What tells a run's figures from those of the others: in file names, and in titles."""
+    if len(histories) == 1:
+        return "", ""
+    return "_" + re.sub(r"[^A-Za-z0-9.-]+", "_", history.name), f", {history.name}"
 
 
 def _page(histories: Sequence[History], sections: Sequence[str]) -> str:

@@ -72,6 +72,14 @@ class Run:
         return joined([self.data.train.batch(start, stop - start) for start, stop in leased])
 
 
+def measure_update(run: Run) -> None:
+    """Decompose W - W_start as it is now, delta included, where spectra are wanted."""
+    state, pending = run.state, run.config.lte is None and run.state.step == run.config.total_steps
+    if run.spectra is not None and state.step > 0 and run.conversion is not None:
+        merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
+        run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)
+
+
 def show_model(run: Run) -> None:
     """Print what of the model is low-rank, what trains dense and what is frozen, and who shares it."""
     mesh, device = run.runtime.mesh, run.runtime.device.type

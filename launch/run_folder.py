@@ -22,6 +22,7 @@ from relora.errors import ConfigError
 # What may differ between two attempts at the same run: where it runs, how it is watched, how memory is used.
 _FREE = (
     "lte.heads",
+    "lte.transport",
     "checkpoint.",
     "parallel.",
     "evaluation.batch_size",

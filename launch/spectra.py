@@ -1,4 +1,4 @@
-"""Measures at every restart how many directions the training has used: the singular values of W - W_start.
+"""Measures at restarts and syncs how many directions the training has used: the singular values of W - W_start.
 
 W_start lies in the run's start/ folder and is read one matrix at a time, so memory stays small. The model
 is not changed. What the numbers mean is in relora/spectrum.py.
@@ -32,6 +32,10 @@ class Spectra:
         self._path = run_dir / "spectra.jsonl"
         self._choice = choice
 
+    def modules(self, model: nn.Module) -> list[str]:
+        """The low-rank layers that are measured."""
+        return select_modules(low_rank_modules(model), self._choice)
+
     @torch.no_grad()
     def measure(
         self,
@@ -40,22 +44,23 @@ class Spectra:
         runtime: Runtime,
         *,
         step: int,
-        restart_index: int,
+        merges: int,
     ) -> None:
         """Decompose the update of every selected layer so far; each process takes its turn, the main one writes.
 
-        `weight_of` gives a layer's whole weight with its delta in fp32; all processes ask it for the same layers.
+        `merges` counts restarts and syncs; `weight_of` gives a layer's whole weight with its delta in fp32. All
+        processes ask it for the same layers.
 
         Raises: ConfigError when start/ does not hold the layer's first weight.
         """
         layers = low_rank_modules(model)
         start = StartWeights(self._start_folder)
         mine: list[Record] = []
-        for number, name in enumerate(select_modules(layers, self._choice)):
+        for number, name in enumerate(self.modules(model)):
             now = weight_of(layers[name])
             if number % runtime.world_size == runtime.process_rank:
-                measured = _measure(layers[name], now, start.read(f"{name}.weight"), restart_index)
-                mine.append({"step": step, "restart": restart_index, "module": name, **measured})
+                measured = _measure(layers[name], now, start.read(f"{name}.weight"), merges)
+                mine.append({"step": step, "restart": merges, "module": name, **measured})
         by_process = [iter(records) for records in gather_objects(runtime, mine)]
         in_order = [record for turn in zip_longest(*by_process) for record in turn if record is not None]
         if runtime.is_main:
@@ -116,7 +121,7 @@ def _layer_of(name: str) -> tuple[str, int] | None:
     return None
 
 
-def _measure(layer: LowRankLinear, now: Tensor, start: Tensor, restarts: int) -> Record:
+def _measure(layer: LowRankLinear, now: Tensor, start: Tensor, merges: int) -> Record:
     before = start.to(now.device, torch.float32)
     now, before = (now.t(), before.t()) if layer.transposed else (now, before)
     delta = now - before
@@ -127,6 +132,6 @@ def _measure(layer: LowRankLinear, now: Tensor, start: Tensor, restarts: int) ->
         "shape": list(delta.shape),
         "singular_values": [float(f"{value:.6g}") for value in values[:KEPT_VALUES].tolist()],
         "effective_rank": effective_rank(values),
-        "numerical_rank": numerical_rank(values, float(torch.linalg.matrix_norm(now)), restarts, eps),
+        "numerical_rank": numerical_rank(values, float(torch.linalg.matrix_norm(now)), merges, eps),
         "update_ratio": float(torch.linalg.matrix_norm(delta) / torch.linalg.matrix_norm(before)),
     }

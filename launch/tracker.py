@@ -152,9 +152,9 @@ class WandbTracker(Tracker):
             self._run.log(_numbers(record))
 
     def event(self, record: Mapping[str, Any]) -> None:
-        """Log an event's numbers as event/number."""
+        """Log an event's numbers as event/number, and those of LTE's heads as event/numbers/head_0 and so on."""
         self._step = record.get("step", self._step)
-        numbers = _numbers({f"{record['event']}/{key}": record[key] for key in record if key != "step"})
+        numbers = {f"{record['event']}/{key}": value for key, value in _numbers(record).items() if key != "step"}
         with self._guard:
             self._run.log({**numbers, "step": self._step})
 
@@ -196,7 +196,15 @@ class _Guard(AbstractContextManager[None]):
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in record.items() if isinstance(value, (int, float))}
+    """The record's numbers; those that it lists for LTE's heads each under its head, as losses/head_0."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, (int, float)):
+            found[key] = value
+        elif isinstance(value, list) and all(isinstance(entry, float) for entry in value):
+            heads = record.get("members") or range(len(value))
+            found |= {f"{key}/head_{head}": entry for head, entry in zip(heads, value, strict=False)}
+    return found
 
 
 def _modes(mode: TrackerMode, say: Callable[[str], None]) -> list[Literal["online", "offline", "disabled"]]:

@@ -28,7 +28,7 @@ from launch.model import model_config, name_special_tokens, save_model
 from launch.phase import make_engine, make_phase
 from launch.prepare import following, show_data
 from launch.report import report
-from launch.run import Run, show_model
+from launch.run import Run, measure_update, show_model
 from launch.run_folder import RunFolder, default_folder, find, locked
 from launch.saves import adopt_start, last_checkpoint, load_checkpoint, save_folder, seed_dropout
 from launch.signals import StopRequest, listening
@@ -206,11 +206,7 @@ def finish(run: Run) -> dict[str, Any]:
     state, config = run.state, run.config
     live_loss = state.val_loss if state.val_step == state.step else evaluate(run)
     assert live_loss is not None
-    if run.spectra is not None and state.step > 0 and run.conversion is not None:
-        # The last cycle's delta is in it, which final/ folds in.
-        weight_of = run.engine.store.whole_weight
-        merges = state.restarts + state.syncs + 1
-        run.spectra.measure(run.model, weight_of, run.runtime, step=state.step, restart_index=merges)
+    measure_update(run)
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)
@@ -228,6 +224,7 @@ def finish(run: Run) -> dict[str, Any]:
         "syncs": state.syncs,
         "bytes_sent": state.bytes_sent,
         "sync_seconds": round(state.sync_seconds, 3),
+        "sync_share": round(state.sync_seconds / seconds, 4) if seconds else None,
         "skipped": len(state.skipped),
         "tokens_per_second": round(state.tokens / seconds, 1) if seconds else None,
         "peak_memory_bytes": max(gather_objects(run.runtime, state.peak_memory_bytes)),

@@ -68,7 +68,9 @@ class HeadExchange:
         self._carrier = group_carrier(runtime) if carrier is None else carrier
         self._background: Background | None = None
         self.count = heads
-        self.hosted = range(runtime.head.index * heads // groups, (runtime.head.index + 1) * heads // groups)
+        self.hosted: Sequence[int] = range(
+            runtime.head.index * heads // groups, (runtime.head.index + 1) * heads // groups
+        )
         """Heads whose model this process holds a part of."""
         self.sent = 0
         """Bytes that this process has sent to its counterparts."""
@@ -79,7 +81,8 @@ class HeadExchange:
         """Bring parcels to all heads.
 
         In the background, parcels are made and carried by a thread, but put together inside the head as they are asked
-        for. One delivery at a time: another may begin in the background only after this one's `products`.
+        for. What is carried in the foreground waits for what began in the background before: all processes keep one
+        order. `sent` has all of a delivery after its `products`.
         """
         assert len(words) == len(self.hosted), "each hosted head has its words"
         if background and self._background is None:

@@ -105,6 +105,10 @@ class MeetingServer:
             await self._done.wait()
         looking.cancel()
 
+    def stop(self) -> None:
+        """Let `serve` return; called from its thread."""
+        self._done.set()
+
     # ---- connections
 
     async def _guest(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

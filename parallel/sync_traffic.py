@@ -121,7 +121,7 @@ def factors_are_fewer(
 
 def layer_load(layout: SyncLayout, layer: SyncedLayer, exchange: Exchange, compression: Compression) -> Load:
     """How a layer travels."""
-    if exchange.value == "shared":
+    if exchange == Exchange.shared:
         return Load(way=Way.mean, entries=layer.up, alike=True, compression=compression)
     by_factors = exchange == Exchange.factors or (
         exchange == Exchange.auto
@@ -140,6 +140,17 @@ def dense_load(entries: int, *, alike: bool, compression: Compression) -> list[L
         alike: whether all of the data axis have the same ones: without ZeRO.
     """
     return [Load(way=Way.mean, entries=entries, alike=alike, compression=compression)] if entries else []
+
+
+def gradient_bytes(layout: SyncLayout, entries: int, *, alike: bool) -> int:
+    """Sent in each step with lte.dense=all_reduced: whether all heads may update, then the mean gradients.
+
+    Args:
+        entries: of the gradients that this process has of one head's.
+        alike: whether all of the data axis have the same ones.
+    """
+    mean = load_bytes(layout, Load(way=Way.mean, entries=entries, alike=alike))
+    return opening_bytes(layout, 2) + (opening_bytes(layout, 1) + mean if entries else 0)
 
 
 def period_bytes(

@@ -1,15 +1,82 @@
-"""Dense parameters whose gradients LTE's heads average in every step, so that they are always the same on all heads.
+"""Parameters that every head of LTE trains at full rank beside its factors, and the two ways to keep them together.
 
-Each head clips by its own norm first, so what is averaged is what each would have taken. An update that one head
-refuses, all refuse: otherwise the dense parameters would part.
+Averaged at syncs: each head trains them for itself, and Adam's state of them stays its own. Or their gradients are
+averaged in every step, so that they are always the same on all heads: each head clips by its own norm first, so what
+is averaged is what each would have taken, and an update that one head refuses, all refuse.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from relora.heads import Heads, Parcel, Way
+from relora.heads import Compression, Heads, Parcel, Way
+from relora.outer import Outer
+from relora.restart import ParameterStore
+
+DENSE = "dense"
+"""Name of the dense parameters' parcel, momentum and residuals."""
+
+
+class DenseParameters:
+    """Parameters that are averaged at syncs, all in one parcel: masters, or their change since the last sync."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], store: ParameterStore, heads: Heads, *, anchored: bool
+    ) -> None:
+        """Take hold of the parameters.
+
+        Args:
+            anchored: remember what they were after the last sync, so that changes travel.
+        """
+        self.parameters, self._store, self._heads = parameters, store, heads
+        self._anchored = anchored and bool(parameters)
+        self._anchors: Tensor | None = None
+        self.settle()
+
+    def settle(self) -> None:
+        """Take them as they are now, equal on all heads, for what they were after the last sync."""
+        if self._anchored:
+            self._anchors = self.masters()[0].clone()
+
+    def masters(self) -> Tensor:
+        """Their masters as far as they are here. Shapes: (hosted heads, entries)."""
+        hosted = len(self._heads.hosted)
+        return torch.cat([self._store.master(one).float().view(hosted, -1) for one in self.parameters], dim=1)
+
+    def parcel(
+        self, compression: Compression, residuals: Callable[[str, int, torch.device], list[Tensor] | None]
+    ) -> Parcel:
+        """What travels."""
+        here, anchors = self.masters(), self._anchors
+        return Parcel(
+            name=DENSE,
+            way=Way.mean,
+            entries=here.shape[1],
+            own=lambda: list((here if anchors is None else here - anchors).unbind()),
+            alike=self._store.masters_alike,
+            compression=compression,
+            residuals=residuals(DENSE, here.shape[1], here.device),
+        )
+
+    def take_up(self, mean: Tensor, members: Sequence[int], outer: Outer) -> None:
+        """Set the members' parameters to the mean, or to what an outer optimizer makes of it."""
+        before = self._anchors
+        now = mean if before is None else before + outer.step(DENSE, mean)
+        start = 0
+        for parameter in self.parameters:
+            master = self._store.master(parameter).view(len(self._heads.hosted), -1)
+            inside = slice(start, start + master.shape[1])
+            for row, head in zip(master, self._heads.hosted, strict=True):
+                if head in members:
+                    row.copy_(now[inside])
+                else:  # its own change stays on top
+                    assert before is not None
+                    row.add_(now[inside] - before[inside])
+            start = inside.stop
+        if before is not None:
+            self._anchors = now.clone()
+        self._store.publish(self.parameters)
 
 
 class DenseGradients:

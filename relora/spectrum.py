@@ -20,6 +20,15 @@ def singular_values(matrix: Tensor) -> Tensor:
     return squares.flip(0).clamp_min(0).sqrt()
 
 
+def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
+    """Singular values of up @ down, which is never formed: of the product of the factors' triangular parts.
+
+    Shapes: (k, in), (out, k) -> (min(k, in, out),)
+    """
+    left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (up, down.t()))
+    return singular_values(left @ right.t())
+
+
 def effective_rank(values: Tensor) -> float:
     """The exponential of the entropy of the normalised singular values; 0 for a matrix of zeros.
 

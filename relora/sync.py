@@ -10,56 +10,25 @@ Source: LTE, Huh et al. 2024 (arXiv 2402.16828); docs/lte.md derives the delayed
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
+from relora.dense import DENSE, DenseParameters
 from relora.heads import Compression, Delivery, Heads, Parcel, Way
 from relora.initialize import draw_down, key_of
 from relora.linear import BasePart, LowRankLinear
-from relora.lte import DenseSync, Exchange, FactorAdam, LteConfig, OuterOptimizer
+from relora.lte import DenseSync, Exchange, FactorAdam, LteConfig
 from relora.optimizer import clear_moments, scale_moments
+from relora.outer import Outer
 from relora.restart import ParameterStore
+from relora.sync_report import SyncReport, Tally, inner_products, squared
 
 Pair = tuple[Tensor, Tensor]
 """down and up of one head."""
-
-
-@dataclass(kw_only=True, slots=True)
-class SyncReport:
-    """What one sync did; equal on all heads but for the time."""
-
-    sync: int
-    """Its index; the first is 1."""
-    fragment: int | None
-    """Which group of layers; None: all."""
-    layers: int
-    """Low-rank layers merged."""
-    by_factors: int
-    """How many of them sent factors."""
-    members: list[int]
-    """Heads that took part."""
-    weights: list[float]
-    """How much each counted."""
-    update_ratio: float
-    """Norm of the mean change over the norm of these layers' base weights."""
-    changed_share: float
-    """Share of the base weights' entries that changed; far below 1, the merge rounded away."""
-    delta_norms: list[float]
-    """Norm of each member's own change; with lte.exchange=shared, of its scaled `up`."""
-    shrinkage: float
-    """Norm of the mean change over the mean of those norms: 1 when heads agree, 1 / sqrt(heads) when orthogonal."""
-    cosine_mean: float | None
-    """Cosine between two heads' changes, on average over pairs; None with one head, or without any change."""
-    cosine_min: float | None
-    cosine_max: float | None
-    bytes: int
-    """Sent by all processes of one head since the last report."""
-    seconds: float
-    """Wall time that training stood still."""
 
 
 @dataclass(slots=True)
@@ -90,8 +59,8 @@ class _Flight:
     delivery: Delivery
     resets: bool
     delayed: bool
-    dense: list[nn.Parameter]
-    """Parameters that sync along; they do not travel ahead."""
+    dense: bool
+    """Whether dense parameters sync along; they do not travel ahead."""
     words: Sequence[Sequence[float]]
     seconds: float
 
@@ -109,28 +78,31 @@ class HeadSync:
         seed: int,
         scale: Callable[[int], float],
         anchored: bool = False,
+        measured: Iterable[str] = (),
     ) -> None:
         """Take hold of a model.
 
         Args:
             scale: from an adapter rank to the factor on up @ down.
             anchored: remember dense parameters as they were after a sync, even if nothing of the settings asks for it.
+            measured: layers of whose mean change the effective rank is told.
         """
         self._config, self._store, self._heads, self._seed, self._scale = config, store, heads, seed, scale
         self.layers = low_rank_modules(model)
+        self._measured = frozenset(measured)
+        self.outer = Outer(config)
+        self.residuals: dict[str, list[Tensor]] = {}
+        """What compressing a mean has kept back so far, by layer and hosted head."""
         factors = {id(factor) for layer in self.layers.values() for factor in (layer.down, layer.up)}
         full = [one for one in model.parameters() if one.requires_grad and id(one) not in factors]
-        self.dense = full if config.dense == DenseSync.averaged else []
+        anchored = anchored or not self.outer.is_off or config.compression != Compression.none
+        self.dense = DenseParameters(
+            full if config.dense == DenseSync.averaged else [], store, heads, anchored=anchored
+        )
         """Parameters that train at full rank and are averaged."""
         self._reported = heads.sent
         self.peers: dict[str, dict[int, Pair]] = {}
         """Of layers whose factors travel: every head's primes, in host memory; missing ones are zero."""
-        self.momenta: dict[str, Tensor] = {}
-        """Of the outer optimizer, flat: by layer for this process's part of its weight, and all dense parameters'."""
-        self.residuals: dict[str, list[Tensor]] = {}
-        """What compressing a mean has kept back so far, by layer and hosted head."""
-        self._anchored = anchored or config.outer != OuterOptimizer.none or config.compression != Compression.none
-        self._anchors = self._masters()[0].clone() if self._anchored and self.dense else None
         self._flight: _Flight | None = None
 
     @property
@@ -154,22 +126,13 @@ class HeadSync:
 
     def make_room(self) -> None:
         """Make all momenta and residuals that syncs will need, zero."""
-        momentum = bool(self._config.outer_momentum)
         for name, layer in self.layers.items():
             item = self._pack(name, layer)
             self._parcel(item)
-            if momentum:
-                self.momenta[name] = torch.zeros(item.part.weight.numel(), device=item.part.weight.device)
-        if self.dense:
-            here = self._masters()
-            self._residuals("dense", here.shape[1], here.device)
-            if momentum:
-                self.momenta["dense"] = torch.zeros_like(here[0])
-
-    def settle(self) -> None:
-        """Take dense parameters as they are now for their values after the last sync: a checkpoint has been loaded."""
-        if self._anchors is not None:
-            self._anchors = self._masters()[0].clone()
+            self.outer.make_room(name, item.part.weight)
+        if self.dense.parameters:
+            self._dense_parcel()
+            self.outer.make_room(DENSE, self.dense.masters()[0])
 
     def advance(
         self, step: int, index: int, words: Callable[[int | None], list[list[float]]], *, everything: bool
@@ -205,7 +168,7 @@ class HeadSync:
             delivery=delivery,
             resets=self._config.resets_at(step),
             delayed=False,
-            dense=self.dense,
+            dense=bool(self.dense.parameters),
             words=(),
             seconds=0.0,
         )
@@ -224,7 +187,7 @@ class HeadSync:
         began = time.perf_counter()
         ends = step + self._delay if delayed else step
         luggage = [self._pack(name, self.layers[name]) for name in self._names(fragment)]
-        dense = self.dense if fragment in (None, self._config.fragments - 1) else []
+        dense = bool(self.dense.parameters) and fragment in (None, self._config.fragments - 1)
         parcels = [self._parcel(item) for item in luggage]
         if dense and not delayed:
             parcels.append(self._dense_parcel())
@@ -333,26 +296,36 @@ class HeadSync:
         began = time.perf_counter()
         self._flight = None
         delivery = flight.delivery
-        tally = _Tally(len(delivery.members))
+        tally = Tally(len(delivery.members))
         for item in flight.luggage:
             if flight.delayed:
                 item.part = self._store.base(item.layer)  # training has used it meanwhile
             tally.weigh(item.part)
             self._merge(item, delivery, flight.index, tally)
             self._after(item, delivery, flight)
-        report = self._report(flight, tally, self._end_dense(flight))
+        products = self._end_dense(flight)
+        sent, self._reported = self._heads.sent - self._reported, self._heads.sent
+        report = tally.report(
+            self._store,
+            delivery,
+            products,
+            index=flight.index,
+            fragment=flight.fragment,
+            layers=len(flight.luggage),
+            sent=sent,
+        )
         report.seconds = flight.seconds + time.perf_counter() - began
         return report, delivery.words
 
-    def _merge(self, item: _Luggage, delivery: Delivery, index: int, tally: _Tally) -> None:
+    def _merge(self, item: _Luggage, delivery: Delivery, index: int, tally: Tally) -> None:
         """Add the mean of the heads' changes to this process's part of a base weight."""
         result = delivery.result()
         layer, part = item.layer, item.part
         key = key_of(self._seed, "sync", item.name, index)
         precision = self._config.merge_precision
         if item.way is Way.mean and self._config.exchange != Exchange.shared:
-            update = self._outer(item.name, result[0])
-            tally.mean_squared += _squared(result[0]) / part.replicas
+            update = self.outer.step(item.name, result[0])
+            tally.mean_squared += squared(result[0]) / part.replicas
             tally.changed += layer.add_part_(precision, update, key, part) / part.replicas
             return
         if item.way is Way.mean:
@@ -362,15 +335,15 @@ class HeadSync:
         else:
             tally.by_factors += 1
             downs, ups = self._gathered(item, delivery, result, tally)
-        tally.mean_squared += float(((ups.t() @ ups) * _gram(downs)).sum().clamp_min(0.0)) / part.layer_replicas
-        if self._config.outer == OuterOptimizer.none:
+        tally.merged(downs, ups, part, measure=item.name in self._measured)
+        if self.outer.is_off:
             changed = layer.add_product_(precision, downs, ups, key, part, scaling=1.0)
         else:
-            update = self._outer(item.name, layer.product_part(downs, ups, part, scaling=1.0))
+            update = self.outer.step(item.name, layer.product_part(downs, ups, part, scaling=1.0))
             changed = layer.add_part_(precision, update, key, part)
         tally.changed += changed / part.replicas
 
-    def _gathered(self, item: _Luggage, delivery: Delivery, rows: list[Tensor], tally: _Tally) -> Pair:
+    def _gathered(self, item: _Luggage, delivery: Delivery, rows: list[Tensor], tally: Tally) -> Pair:
         """Factors of the mean change from all members' factors; they are remembered if they stay."""
         known = self.peers.get(item.name, {})
         downs, ups, widths, scales = [], [], [], []
@@ -388,7 +361,7 @@ class HeadSync:
         down, up = torch.cat(downs), torch.cat(ups, dim=1).double()
         owner = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths)).to(up.device)
         up *= torch.tensor(scales, dtype=torch.float64, device=up.device)[owner]
-        tally.known += _inner_products(down, up, owner, len(widths)) / item.part.layer_replicas
+        tally.known += inner_products(down, up, owner, len(widths)) / item.part.layer_replicas
         return down, up * torch.tensor(delivery.weights, dtype=torch.float64, device=up.device)[owner]
 
     def _split(self, item: _Luggage, member: int, row: Tensor) -> Pair:
@@ -396,6 +369,19 @@ class HeadSync:
         rank = self._config.rank_of(member) or here
         down, up = row[: rank * (inputs + outputs)].split([rank * inputs, rank * outputs])
         return down.view(rank, inputs), up.view(outputs, rank)
+
+    def _dense_parcel(self) -> Parcel:
+        return self.dense.parcel(self._config.compression, self._residuals)
+
+    def _end_dense(self, flight: _Flight) -> Tensor:
+        """Average the dense parameters if it is their turn; returns the heads' products of what travelled as means."""
+        delivery = flight.delivery
+        products = delivery.products() if flight.delayed else None
+        if flight.dense and flight.delayed:
+            delivery = self._heads.exchange([self._dense_parcel()], flight.words)
+        if flight.dense:
+            self.dense.take_up(delivery.result()[0], delivery.members, self.outer)
+        return delivery.products() if products is None else products
 
     def _after(self, item: _Luggage, delivery: Delivery, flight: _Flight) -> None:
         """Draw the hosted heads' factors anew, or remember what the base weight has of them now."""
@@ -477,137 +463,6 @@ class HeadSync:
                 if synced is not None:
                     synced.zero_()
 
-    # ---- dense parameters
-
-    def _masters(self) -> Tensor:
-        """The dense parameters' masters as far as they are here. Shapes: (hosted heads, entries)."""
-        hosted = len(self._heads.hosted)
-        return torch.cat([self._store.master(one).float().view(hosted, -1) for one in self.dense], dim=1)
-
-    def _dense_parcel(self) -> Parcel:
-        here = self._masters()
-        anchors = self._anchors
-        return Parcel(
-            name="dense",
-            way=Way.mean,
-            entries=here.shape[1],
-            own=lambda: list((here if anchors is None else here - anchors).unbind()),
-            alike=self._store.masters_alike,
-            compression=self._config.compression,
-            residuals=self._residuals("dense", here.shape[1], here.device),
-        )
-
-    def _end_dense(self, flight: _Flight) -> Tensor:
-        """Average the dense parameters if it is their turn; returns the heads' products of what travelled as means."""
-        delivery = flight.delivery
-        if flight.delayed:
-            products = delivery.products()
-            if flight.dense:
-                now = self._heads.exchange([self._dense_parcel()], flight.words)
-                self._take_up_dense(now.result()[0], now.members)
-            return products
-        if flight.dense:
-            self._take_up_dense(delivery.result()[0], delivery.members)
-        return delivery.products()
-
-    def _take_up_dense(self, mean: Tensor, members: Sequence[int]) -> None:
-        """Set dense parameters to their mean over heads; Adam's state stays each head's own."""
-        if self._anchors is not None:
-            mean = self._anchors + self._outer("dense", mean)
-        start = 0
-        for parameter in self.dense:
-            master = self._store.master(parameter).view(len(self._heads.hosted), -1)
-            value = mean[start : start + master.shape[1]]
-            for row, head in zip(master, self._heads.hosted, strict=True):
-                if head in members:
-                    row.copy_(value)
-                else:  # its own change stays on top
-                    assert self._anchors is not None
-                    row.add_(value - self._anchors[start : start + len(value)])
-            start += master.shape[1]
-        if self._anchors is not None:
-            self._anchors = mean.clone()
-        self._store.publish(self.dense)
-
-    def _outer(self, name: str, change: Tensor) -> Tensor:
-        """What the outer optimizer makes of a mean change.
-
-        Source: torch.optim.SGD's momentum, on minus the change; DiLoCo, algorithm 1.
-        """
-        config = self._config
-        if config.outer == OuterOptimizer.none:
-            return change
-        assert config.outer_lr is not None
-        assert config.outer_momentum is not None
-        if not config.outer_momentum:
-            return change * config.outer_lr
-        momentum = self.momenta.setdefault(name, torch.zeros_like(change))
-        momentum.mul_(config.outer_momentum).add_(change)
-        step = (
-            change.add(momentum, alpha=config.outer_momentum) if config.outer == OuterOptimizer.nesterov else momentum
-        )
-        return step * config.outer_lr
-
-    # ---- the report
-
-    def _report(self, flight: _Flight, tally: _Tally, shared: Tensor) -> SyncReport:
-        delivery, weights = flight.delivery, torch.tensor(flight.delivery.weights, dtype=torch.float64)
-        products = self._store.total(tally.known + shared)
-        sent = self._heads.sent - self._reported
-        self._reported = self._heads.sent
-        sums = [tally.base_squared, tally.entries, tally.changed, tally.mean_squared, sent]
-        base, entries, changed, mean, total_sent = self._store.total(torch.tensor(sums, dtype=torch.float64)).tolist()
-        norms = products.diagonal().clamp_min(0.0).sqrt()
-        spread = float((weights * norms).sum())
-        cosines = _cosines(products, norms)
-        return SyncReport(
-            sync=flight.index,
-            fragment=flight.fragment,
-            layers=len(flight.luggage),
-            by_factors=tally.by_factors,
-            members=list(delivery.members),
-            weights=list(delivery.weights),
-            update_ratio=(mean / base) ** 0.5 if base else 0.0,
-            changed_share=changed / max(1, entries),
-            delta_norms=norms.tolist(),
-            shrinkage=float((weights @ products @ weights).clamp_min(0.0)) ** 0.5 / spread if spread else 1.0,
-            cosine_mean=sum(cosines) / len(cosines) if cosines else None,
-            cosine_min=min(cosines, default=None),
-            cosine_max=max(cosines, default=None),
-            bytes=round(total_sent),
-            seconds=0.0,
-        )
-
-
-class _Tally:
-    """Sums over the layers of one process, each divided by the processes that have the same."""
-
-    def __init__(self, members: int) -> None:
-        self.base_squared = self.entries = self.changed = self.mean_squared = 0.0
-        self.known = torch.zeros(members, members, dtype=torch.float64)
-        """Inner products of heads' changes, of which every head knows the whole."""
-        self.by_factors = 0
-
-    def weigh(self, part: BasePart) -> None:
-        self.base_squared += _squared(part.weight) / part.replicas
-        self.entries += part.weight.numel() / part.replicas
-
-
-def _squared(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _gram(downs: Tensor) -> Tensor:
-    downs = downs.double()
-    return downs @ downs.t()
-
-
-def _inner_products(downs: Tensor, ups: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Return tr(D_i' D_j) of the products D_i = up_i down_i, whose factors lie side by side and belong to `owner`."""
-    entries = (ups.t() @ ups) * _gram(downs)
-    rows = entries.new_zeros(count, len(owner)).index_add_(0, owner, entries)
-    return entries.new_zeros(count, count).index_add_(1, owner, rows).cpu()
-
 
 def _by_head(layer: LowRankLinear, factors: Pair) -> list[Pair]:
     """Return the factors of each hosted head."""
@@ -620,11 +475,3 @@ def _primes(layer: LowRankLinear, hosted: int) -> list[tuple[Tensor | None, Tens
     if layer.hosted == 1:
         return [(down, up)]
     return [(None if down is None else down[place], None if up is None else up[place]) for place in range(hosted)]
-
-
-def _cosines(products: Tensor, norms: Tensor) -> list[float]:
-    """Return the cosine of each pair of heads' changes."""
-    first, second = torch.triu_indices(len(norms), len(norms), offset=1)
-    scale = norms[first] * norms[second]
-    cosines: list[float] = (products[first, second] / scale).tolist() if scale.all() else []
-    return cosines

@@ -67,8 +67,14 @@ def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
         assert record["losses"][0] != record["losses"][1], "heads train on sequences of their own"
         assert record["losses"][0] == _records(folder)[record["step"] - 1]["loss"]
         assert -1 <= record["cosine_mean"] <= 1
+        assert 1 <= record["effective_rank"] <= 16, "two heads' factors of rank 4, now and at the last sync"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["syncs"], summary["bytes_sent"]) == (5, sum(record["bytes"] for record in syncs))
+    assert summary["sync_seconds"] == pytest.approx(sum(record["seconds"] for record in syncs), abs=1e-3)
+    assert summary["sync_share"] == pytest.approx(summary["sync_seconds"] / summary["wall_seconds"], abs=1e-3)
+    spectra = read_records(folder / "spectra.jsonl")
+    assert {(record["step"], record["restart"]) for record in spectra} == {(8, 2), (16, 4), (18, 5)}, "at evaluations"
+    assert {record["numerical_rank"] for record in spectra} == {8}, "heads x rank, however many syncs there were"
     first, last = _records(folder, "evaluate")[0]["val_loss"], summary["val_loss"]
     assert last < first - 0.3
     final = _records(folder, "final")[0]
@@ -84,9 +90,11 @@ def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
         (4, ["lte.reset=factors", "lte.adam=clear", "parallel=zero3", "lte.exchange=dense"]),
         (4, ["lte.reset=none", "parallel=zero2", "parallel.tensor=2"]),
         (2, [*OUTER, "lte.fragments=2", "lte.delay=1", "lte.exchange=dense"]),
-        (2, [*OUTER, "lora=none"]),
+        (2, [*OUTER, "lora=none", "lte.compression=bf16"]),
+        (4, ["lte.compression=int8", "parallel=zero2", "lte.exchange=dense"]),
+        (2, ["lte.compression=fp8", "lte.exchange=factors", "lte.delay=2"]),
     ],
-    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco"],
+    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco", "residuals", "primes"],
 )
 def test_a_run_resumed_at_a_sync_is_bitwise_the_same(run, tmp_path, count, words):
     assert run("whole", count, *words) == exits.DONE

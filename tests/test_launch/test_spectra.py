@@ -48,7 +48,7 @@ def merge_all(model: nn.Module, merge: int, size: float = 0.02) -> None:
         layer.up.data.zero_()
 
 
-def measure(spectra: Spectra, model: nn.Module, *, step: int, restart_index: int) -> None:
+def measure(spectra: Spectra, model: nn.Module, *, step: int, merges: int) -> None:
     """Measure a model in one process, as the loop does on many."""
 
     def weight_of(layer: LowRankLinear) -> torch.Tensor:
@@ -56,7 +56,7 @@ def measure(spectra: Spectra, model: nn.Module, *, step: int, restart_index: int
         return weight.t() if layer.transposed else weight
 
     alone = Runtime(process_rank=0, world_size=1, device=torch.device("cpu"))
-    spectra.measure(model, weight_of, alone, step=step, restart_index=restart_index)
+    spectra.measure(model, weight_of, alone, step=step, merges=merges)
 
 
 @pytest.fixture(params=[llama, gpt2], ids=["llama", "gpt2"])
@@ -73,7 +73,7 @@ def test_each_merge_adds_the_adapter_rank(started):
     spectra = Spectra(folder / "start", folder, "all")
     for merge in (1, 2, 3):
         merge_all(model, merge)
-        measure(spectra, model, step=10 * merge, restart_index=merge)
+        measure(spectra, model, step=10 * merge, merges=merge)
     records = read_records(folder / "spectra.jsonl")
     assert len(records) == 3 * len(low_rank_modules(model))
     for record in records:
@@ -85,7 +85,7 @@ def test_a_line_describes_the_difference_to_the_start(started):
     model, folder = started
     before = {name: layer.base().clone() for name, layer in low_rank_modules(model).items()}
     merge_all(model, 1)
-    measure(Spectra(folder / "start", folder, "all"), model, step=7, restart_index=1)
+    measure(Spectra(folder / "start", folder, "all"), model, step=7, merges=1)
     for record in read_records(folder / "spectra.jsonl"):
         layer = low_rank_modules(model)[record["module"]]
         start = before[record["module"]]
@@ -100,7 +100,7 @@ def test_measuring_leaves_the_model_alone(started):
     model, folder = started
     merge_all(model, 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure(Spectra(folder / "start", folder, "all"), model, step=1, restart_index=1)
+    measure(Spectra(folder / "start", folder, "all"), model, step=1, merges=1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -108,7 +108,7 @@ def test_an_update_that_is_not_merged_counts_too(started):
     model, folder = started
     for layer in low_rank_modules(model).values():
         layer.up.data.normal_(std=0.1)
-    measure(Spectra(folder / "start", folder, "all"), model, step=5, restart_index=0)
+    measure(Spectra(folder / "start", folder, "all"), model, step=5, merges=0)
     assert {record["numerical_rank"] for record in read_records(folder / "spectra.jsonl")} == {RANK}
 
 
@@ -124,7 +124,7 @@ def test_a_bfloat16_base_counts_its_extra_bits_and_not_its_rounding(tmp_path, pr
     for layer in low_rank_modules(model).values():
         up, down = (torch.randn(f.shape, generator=generator) * 0.01 for f in (layer.up, layer.down))
         layer.merge_(precision, down, up)
-    measure(Spectra(tmp_path / "start", tmp_path, "all"), model, step=1, restart_index=1)
+    measure(Spectra(tmp_path / "start", tmp_path, "all"), model, step=1, merges=1)
     ranks = {record["numerical_rank"] for record in read_records(tmp_path / "spectra.jsonl")}
     assert ranks == {RANK} if exact else max(ranks) <= RANK
 
@@ -149,7 +149,7 @@ def test_a_start_without_the_weight_is_an_error_with_a_way_out(started):
     model, folder = started
     (folder / "start" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"does not hold .*\.weight.*evaluation\.spectra=none"):
-        measure(Spectra(folder / "start", folder, "all"), model, step=1, restart_index=1)
+        measure(Spectra(folder / "start", folder, "all"), model, step=1, merges=1)
     assert not (folder / "spectra.jsonl").exists()
 
 
@@ -157,7 +157,7 @@ def test_lines_after_the_resumed_step_can_be_dropped(started):
     model, folder = started
     spectra = Spectra(folder / "start", folder, "sample")
     for merge in (1, 2):
-        measure(spectra, model, step=10 * merge, restart_index=merge)
+        measure(spectra, model, step=10 * merge, merges=merge)
     whole = len(read_records(folder / "spectra.jsonl"))
     assert truncate_records(folder / "spectra.jsonl", 19) == whole // 2
     assert {record["step"] for record in read_records(folder / "spectra.jsonl")} == {10}
@@ -169,7 +169,7 @@ def test_a_layer_with_many_values_keeps_the_largest_only(tmp_path):
     save_file(model.state_dict(), tmp_path / "start" / "model.safetensors")
     to_low_rank(model, LoraConfig(rank=2), seed=0)
     merge_all(model, 1)
-    measure(Spectra(tmp_path / "start", tmp_path, "all"), model, step=1, restart_index=1)
+    measure(Spectra(tmp_path / "start", tmp_path, "all"), model, step=1, merges=1)
     (record,) = read_records(tmp_path / "spectra.jsonl")
     assert len(record["singular_values"]) == KEPT_VALUES
     assert record["singular_values"] == sorted(record["singular_values"], reverse=True)

@@ -45,6 +45,7 @@ tracker = open_tracker(
 for step in (first, first + 1):
     tracker.log({"step": step, "loss": 10.0 / step, "cycle": 0, "note": "words"})
 tracker.event({"event": "restart", "step": first + 1, "layers": 28, "pruned_share": 0.5})
+tracker.event({"event": "sync", "step": first + 1, "members": [0, 2], "losses": [2.5, 3.5], "ranks": {"q": 1.0}})
 image = folder / "loss.png"
 tracker.figures({"loss": image})
 tracker.summary({"status": "done", "val_loss": 3.0, "matrix": [[1.0]]})
@@ -128,6 +129,13 @@ def test_numbers_are_logged_with_the_runs_own_step(attempts):
     assert steps == [{"step": step, "loss": 10 / step, "cycle": 0} for step in (1, 2, 3, 4)]
     events = [row for row in rows if "restart/layers" in row]
     assert events == [{"step": step, "restart/layers": 28, "restart/pruned_share": 0.5} for step in (2, 4)]
+
+
+def test_what_a_sync_tells_of_heads_has_their_names(attempts):
+    folder, _, _ = attempts
+    rows = [row for records in logs(folder) for row in history(records)]
+    syncs = [row for row in rows if any(key.startswith("sync/") for key in row)]
+    assert syncs == [{"step": step, "sync/losses/head_0": 2.5, "sync/losses/head_2": 3.5} for step in (2, 4)]
 
 
 def test_step_is_the_x_axis_of_every_metric(attempts):

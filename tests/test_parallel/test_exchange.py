@@ -1,6 +1,7 @@
 """Parcels between heads on every grouping of processes against a slow plain computation, to the bit and to the byte."""
 
 import functools
+import itertools
 import subprocess
 import sys
 import threading
@@ -12,10 +13,25 @@ import torch
 from parallel.exchange import HeadExchange
 from parallel.mpi_carrier import MpiCarrier
 from parallel.runtime import start
-from parallel.sync_traffic import Load, SyncLayout, closing_bytes, exchange_bytes, load_bytes, opening_bytes
+from parallel.sync_traffic import (
+    Load,
+    SyncedLayer,
+    SyncLayout,
+    closing_bytes,
+    dense_load,
+    exchange_bytes,
+    factors_are_fewer,
+    gradient_bytes,
+    layer_load,
+    load_bytes,
+    opening_bytes,
+    period_bytes,
+)
 from relora.compression import decode, encode
+from relora.dense import DenseGradients
 from relora.errors import ConfigError
 from relora.heads import Compression, Parcel, Way
+from relora.lte import Exchange
 from tests.test_launch.test_start import environment, mpirun
 
 WEIGHTS = [3.0, 1.0, 0.0, 4.0]
@@ -240,6 +256,19 @@ def test_parcels_are_made_one_by_one_in_the_foreground_and_all_at_once_in_the_ba
     assert made[2:] == [(2, False), (3, False)]
 
 
+def test_training_goes_on_while_a_parcel_is_on_its_way(runtime):
+    trained = threading.Event()
+
+    def own():
+        return [torch.full((3,), float(trained.wait(30)))]
+
+    exchange = HeadExchange(runtime, heads=1)
+    parcel = Parcel(name="", way=Way.mean, entries=3, own=own, alike=True)
+    delivery = exchange.exchange([parcel], [[1.0]], background=True)
+    trained.set()
+    assert delivery.result()[0].tolist() == [1.0] * 3
+
+
 def test_what_fails_in_the_background_is_raised_by_every_wait_after_it(runtime):
     def fails():
         raise ValueError("no such factors")
@@ -271,6 +300,87 @@ def test_bytes_are_what_the_formulas_of_the_docs_say():
         assert load_bytes(half, gather) == 3 * 3200 * width
     assert opening_bytes(apart, 5) + closing_bytes(apart) == 3 * (5 + 16) * 8
     assert exchange_bytes(SyncLayout(heads=4, groups=1), [gather, mean], words=5) == 0
+
+
+def test_the_crossover_is_where_heads_times_rank_reaches_twice_the_harmonic_size():
+    for heads, (out, inputs) in itertools.product((2, 4, 8), ((64, 64), (128, 32))):
+        crossover = 2 * out * inputs / (out + inputs) / heads
+        for rank, compression in itertools.product(range(1, 65), Compression):
+            sizes = (rank * (out + inputs), out * inputs)
+            layout = SyncLayout(heads=heads, groups=heads)
+            assert factors_are_fewer(layout, *sizes, alike=True, compression=compression) == (rank <= crossover)
+
+
+@pytest.mark.parametrize("compression", Compression)
+def test_a_layer_travels_by_the_fewer_bytes_whoever_hosts_its_head(runtime, compression):
+    for data, alike in ((1, True), (4, True), (4, False)):
+        layout = SyncLayout(heads=8, groups=8, data=data)
+        for factors in (100, 1900, 2100, 5000):
+            layer = SyncedLayer(factors=factors, up=factors // 2, part=8000, alike=alike)
+            sent = {way: load_bytes(layout, layer_load(layout, layer, way, compression)) for way in Exchange}
+            assert sent[Exchange.auto] == min(sent[Exchange.factors], sent[Exchange.dense])
+            up = Load(way=Way.mean, entries=factors // 2, alike=True, compression=compression)
+            assert sent[Exchange.shared] == load_bytes(layout, up)
+    for choice, factors in itertools.product(Exchange, (100, 5000)):
+        apart = SyncLayout(heads=8, groups=8)
+        layer = SyncedLayer(factors=factors, up=factors // 2, part=8000, alike=True)
+        exchange = HeadExchange(runtime, heads=8, choice=choice, compression=compression)
+        by_factors = layer_load(apart, layer, choice, compression).way is Way.gather
+        assert exchange.by_factors(factors, 8000, alike=True) == by_factors
+
+
+def _period(world, heads, fragments, delayed):
+    """Bytes that a process sends in one period, layers by turns factors and dense, and dense parameters."""
+    with start(heads=2) as runtime:
+        exchange = HeadExchange(runtime, heads=heads)
+        words = [[1.0, 2.0]] * len(exchange.hosted)
+
+        def parcel(load):
+            sizes = {key: getattr(load, key) for key in Load.__slots__}
+            return Parcel(name="", own=lambda: [torch.ones(load.entries)] * len(exchange.hosted), **sizes)
+
+        loads, dense = _loads(), dense_load(33, alike=False, compression=Compression.fp8)
+        for fragment in range(fragments):
+            ours = [parcel(load) for load in loads[fragment::fragments]]
+            last = [parcel(load) for load in dense] if fragment == fragments - 1 else []
+            delivery = exchange.exchange(ours + ([] if delayed else last), words, background=delayed)
+            for _ in range(len(ours) + (0 if delayed else len(last))):
+                delivery.result()
+            delivery.products()
+            if delayed and last:
+                exchange.exchange(last, words).result()
+        return exchange.sent
+
+
+def _shared(world, alike):
+    """Bytes that a process sends in one step for gradients of dense parameters."""
+    with start(heads=2) as runtime:
+        exchange = HeadExchange(runtime, heads=2)
+        gradients = DenseGradients(exchange, alike=alike)
+        assert gradients.agree(True)
+        gradients.average([torch.ones(3, 5), torch.ones(2)])
+        return exchange.sent
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_gradients_of_a_step_send_what_is_planned(on_processes, alike):
+    planned = gradient_bytes(SyncLayout(heads=2, groups=2, data=2), 17, alike=alike)
+    assert on_processes(_shared, 4, alike) == [planned] * 4
+
+
+def _loads():
+    settings = {"alike": True, "compression": Compression.fp8}
+    return [Load(way=way, entries=20 + 37 * n, **settings) for n, way in enumerate([Way.gather, Way.mean] * 2)]
+
+
+@pytest.mark.parametrize(("fragments", "delayed"), [(1, False), (3, False), (3, True)])
+def test_a_period_of_fragments_sends_what_is_planned(on_processes, fragments, delayed):
+    layout = SyncLayout(heads=4, groups=2)
+    dense = dense_load(33, alike=False, compression=Compression.fp8)
+    planned = period_bytes(layout, _loads(), dense, fragments=fragments, delayed=delayed, words=2)
+    assert on_processes(_period, 2, 4, fragments, delayed) == [planned] * 2
+    without = period_bytes(layout, _loads(), [], fragments=fragments, delayed=delayed, words=2)
+    assert planned - without == sum(load_bytes(layout, load) for load in dense) + (2 * 2 * 8 if delayed else 0)
 
 
 def _under_mpi():

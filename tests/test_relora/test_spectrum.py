@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from relora.spectrum import effective_rank, numerical_rank, singular_values
+from relora.spectrum import effective_rank, numerical_rank, product_singular_values, singular_values
 
 
 def merged(shape: tuple[int, int], *, merges: int, adapter_rank: int, size: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,15 @@ def test_singular_values_are_precise_for_any_shape_and_dtype(shape, dtype):
     matrix[:, : shape[1] // 2] *= 1e-3
     exact = torch.linalg.svdvals(matrix.double())
     torch.testing.assert_close(singular_values(matrix), exact, rtol=1e-6, atol=3e-8 * float(exact[0]))
+
+
+@pytest.mark.parametrize("inner", [1, 5, 12, 40])
+def test_singular_values_of_a_product_need_its_factors_only(inner):
+    generator = torch.Generator().manual_seed(5)
+    down, up = torch.randn(inner, 12, generator=generator), torch.randn(17, inner, generator=generator)
+    exact = torch.linalg.svdvals(up.double() @ down.double())[:inner]
+    values = product_singular_values(down, up)
+    torch.testing.assert_close(values, exact, rtol=1e-6, atol=3e-8 * float(exact[0]))
 
 
 def test_effective_rank_counts_equal_directions():
