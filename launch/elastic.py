@@ -31,7 +31,7 @@ from parallel.meeting_point import Decision, Lease, Terms
 from parallel.regions import Region
 from parallel.runtime import Runtime
 from relora.initialize import key_of
-from relora.sync import SyncReport
+from relora.sync_report import SyncReport
 
 
 def come(
@@ -264,6 +264,7 @@ def _take_state(run: Run, admission: Admission) -> None:
         return values[kind, name].view(region.part_shape)
 
     run.engine.store.load(lambda kind, name, region: shaped(kind, name, region) if (kind, name) in values else None)
+    sync.dense.settle()
     sync.make_room()
     stored = {name for kind, name in values if kind == KIND}
     take_momenta(run, stored, lambda name, region: shaped(KIND, name, region))

@@ -259,6 +259,13 @@ class MeetingPoint:
             self._remove(head, reason)
         self.look(now)
 
+    def missed_too_much(self, incarnation: str, now: float) -> None:
+        """A head asks for what is no longer kept."""
+        head = self.heads.get(incarnation)
+        if head is not None:
+            self._remove(head, "has missed more syncs than are kept, and must join anew")
+        self.look(now)
+
     def state_is_here(self, sync: int) -> None:
         """All positions of the provider have handed over the state after a sync."""
         self._ready.add(sync)

@@ -253,6 +253,8 @@ class MeetingServer:
         await self._until(guest, decided)
         decision = self._open.decisions.get(sync)
         if decision is None or sync not in self._outcomes:
+            self._open.missed_too_much(guest.incarnation, time.monotonic())
+            self._settle()
             await guest.send({"gone": True})
             return
         head = self._open.heads.get(guest.incarnation)

@@ -443,14 +443,15 @@ class HeadSync:
     @torch.no_grad()
     def begin_anew(self, index: int) -> None:
         """Let the hosted heads begin after a sync as if they had never been there: new factors, nothing in Adam."""
-        self.settle()
+        self.dense.drop_changes()
         for name, layer in self.layers.items():
             item = self._pack(name, layer)
             self._redraw(item, index)
             self._set_primes_to_zero(item)
         for residual in (one for several in self.residuals.values() for one in several):
             residual.zero_()
-        for parameter in [*self.dense, *(one for layer in self.layers.values() for one in (layer.down, layer.up))]:
+        factors = [factor for layer in self.layers.values() for factor in (layer.down, layer.up)]
+        for parameter in [*self.dense.parameters, *factors]:
             moments = self._store.moments(parameter)
             if moments is not None:
                 clear_moments(moments)
