@@ -133,7 +133,7 @@ def _build(entry: Entry, shape: Shape, runtime: Runtime) -> Trainer:
     phase = make_phase(config, hf_config, step=0, fresh=True, tensor=entry.layout.tensor)
     engine = make_engine(phase, config, runtime)
     batch, size = _share(shape, runtime.data), config.training.microbatch(runtime.data.size)
-    targets = batch.targets * runtime.data.size
+    targets = [batch.targets * runtime.data.size]
 
     def step() -> float:
         part = accumulate(engine, batch, targets=targets, microbatch_size=size, device=runtime.device)

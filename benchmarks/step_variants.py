@@ -158,7 +158,7 @@ def _in_engine(phase: Phase, config: TrainConfig, batch: Batch, runtime: Runtime
     model, size = engine.model, len(batch.input_ids)
 
     def step() -> None:
-        float(accumulate(engine, batch, targets=batch.targets, microbatch_size=size, device=runtime.device))
+        float(accumulate(engine, batch, targets=[batch.targets], microbatch_size=size, device=runtime.device))
         engine.step(config.optimizer.lr, lambda norm: None)
 
     def restart_once(index: int) -> None:

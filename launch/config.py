@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from continual.data import DataConfig
-from launch.head_rules import check_lte
+from launch.head_rules import check_hosted, check_lte
 from launch.model import ModelConfig
 from launch.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
@@ -52,7 +52,7 @@ class TrainingConfig:
     global_batch_size: int = 16
     """Sequences per update."""
     microbatch_size: int | None = None
-    """Sequences per forward and backward of a process; only a memory knob. null: its share of the global batch."""
+    """Sequences per forward and backward of a process, or of each head in it; only a memory knob. null: its share."""
     dtype: Dtype = Dtype.fp32
     """fp32 or bf16."""
     max_grad_norm: float = 1.0
@@ -299,7 +299,10 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     Raises:
         ConfigError: the global batch cannot be shared, or a setting would have no effect.
     """
-    config.microbatch(mesh.heads * mesh.data)
+    hosted = config.heads // mesh.heads
+    config.microbatch(mesh.heads * mesh.data * hosted)
+    if hosted > 1:
+        check_hosted(config, hosted)
 
 
 def load(overrides: Sequence[str]) -> TrainConfig:

@@ -126,9 +126,9 @@ def meet_others(run: Run) -> None:
     assert heads is not None
     assert heads.lease is not None
     while state.step == heads.step_of(heads.lease.sync):
-        if run.diverged is not None:
+        if run.diverged:
             heads.goodbye("left, since it has refused too many updates")
-            raise TrainingDiverged(run.diverged)
+            raise TrainingDiverged(run.diverged[heads.number])
         try:
             took_part = _sync(run)
             if took_part and heads.leaving:

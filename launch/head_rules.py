@@ -40,6 +40,23 @@ def check_lte(config: TrainConfig, lte: LteConfig) -> None:
     _check_rhythms(config, lte)
 
 
+def check_hosted(config: TrainConfig, hosted: int) -> None:
+    """Rules for processes that hold several heads each.
+
+    Raises:
+        ConfigError: something that is for heads with processes of their own.
+    """
+    needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
+    for key, value in needed.items():
+        section, leaf = key.split(".")
+        got = getattr(getattr(config, section), leaf) or value
+        if got != value:
+            raise ConfigError(
+                f"{key}={got} needs heads with processes of their own, and here each process holds {hosted} of "
+                f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or leave {key} out"
+            )
+
+
 def _check_full_rank(lte: LteConfig) -> None:
     if lte.dense == DenseSync.all_reduced:
         raise ConfigError(

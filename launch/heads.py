@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from launch.guard import TrainingDiverged
 from launch.run import Run
+from launch.state import RunState
 from parallel.exchange import HeadExchange
 from parallel.mpi_carrier import MpiCarrier
 from relora.dense import DenseGradients
@@ -43,6 +44,7 @@ def begin_heads(run: Run) -> None:
         anchored=run.elastic is not None,
         measured=_measured(run),
     )
+    run.fellows = [run.state.fellow() for _ in run.heads[1:]]
 
 
 def _measured(run: Run) -> list[str]:
@@ -79,14 +81,18 @@ def sync_run(run: Run, *, everything: bool) -> None:
 
 def words_of(run: Run, fragment: int | None) -> list[list[float]]:
     """What each head of this process says as a sync begins: weight, loss, a wish to stop, whether it cannot go on."""
-    config, state = run.config.lte, run.state
+    return [_words_of(run, head, state, fragment) for head, state in zip(run.heads, run.states, strict=True)]
+
+
+def _words_of(run: Run, head: int, state: RunState, fragment: int | None) -> list[float]:
+    config = run.config.lte
     assert config is not None
     last = -1 if fragment is None else fragment
     weight = state.learned[last] if config.weight == HeadWeight.tokens else 1.0
     for done in range(config.fragments) if fragment is None else [fragment]:
         state.learned[done] = 0.0
     loss = math.nan if state.train_loss is None else state.train_loss
-    return [[weight, loss, float(run.stop.asked), float(run.diverged is not None)]]
+    return [weight, loss, float(run.stop.asked), float(head in run.diverged)]
 
 
 def _note(run: Run, report: SyncReport, said: list[list[float]]) -> None:
@@ -106,5 +112,5 @@ def _note(run: Run, report: SyncReport, said: list[list[float]]) -> None:
     if any(diverged):
         head = report.members[diverged.index(1.0)]
         raise TrainingDiverged(
-            run.diverged or f"head {head} has refused too many updates; the processes of that head say more"
+            run.diverged.get(head) or f"head {head} has refused too many updates; the processes of that head say more"
         )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,13 +11,16 @@ from continual.batches import Batch
 from launch.elastic import meet_others
 from launch.guard import TrainingDiverged
 from launch.heads import drawn_for, sync_run
-from launch.objective import accumulate, mean_loss, validation_batches
+from launch.objective import accumulate, apart, mean_loss, validation_batches
 from launch.phase import low_rank_at
 from launch.run import Run, measure_update
 from launch.saves import note_published, save_checkpoint
+from launch.state import RunState
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
 from parallel.collectives import sum_over
+from parallel.engine import StepResult
+from parallel.hosted import HostedEngine
 from relora.restart import cycle_of, restart, restart_due
 from relora.schedule import multiplier
 
@@ -71,42 +75,63 @@ def update(run: Run, clock: Stopwatch) -> None:
     lr = config.peak_lr(state.step) * scale
     batch = run.next_batch()
     targets = _targets(run, batch)
-    state.learned = [count + targets for count in state.learned]
-    part = accumulate(
+    for one, own in zip(run.states, targets, strict=True):
+        one.learned = [count + own for count in one.learned]
+    parts = accumulate(
         run.engine,
         batch,
         targets=targets,
         microbatch_size=run.microbatch,
         device=run.runtime.device,
     )
-    loss = _agree(run, part)
-    result = run.engine.step(lr, lambda norm: run.guard.objection(state, loss=loss, grad_norm=norm))
-    state.advance(sequences=size, tokens=size * config.data.sequence_length)
-    if math.isfinite(loss):
-        state.train_loss = loss
+    losses = _agree(run, parts)
+    results = _step(run, lr, losses)
+    for one, loss in zip(run.states, losses, strict=True):
+        one.advance(sequences=size, tokens=size * config.data.sequence_length)
+        if math.isfinite(loss):
+            one.train_loss = loss
     seconds = clock.lap()
     state.train_seconds += seconds
     in_cycle = config.relora is not None and low_rank_at(config, state.step - 1)
     cycle = cycle_of(config.relora, state.step - 1) if in_cycle and config.relora else None
     run.watch.step(
         state,
-        loss=loss,
+        loss=losses[0],
         lr=lr,
-        grad_norm=result.grad_norm,
+        grad_norm=results[0].grad_norm,
         cycle=cycle,
         tokens=size * config.data.sequence_length,
         seconds=seconds,
-        head=run.sync.hosted[0] if run.sync is not None else None,
+        head=run.heads[0] if run.sync is not None else None,
     )
+    for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
+        _record(run, head, one, loss, result)
+
+
+def _step(run: Run, lr: float, losses: list[float]) -> list[StepResult]:
+    """One update of each head of this process, unless its guard objects."""
+
+    def admit(state: RunState, loss: float, grad_norm: float) -> str | None:
+        return run.guard.objection(state, loss=loss, grad_norm=grad_norm)
+
+    admits = [partial(admit, state, loss) for state, loss in zip(run.states, losses, strict=True)]
+    if isinstance(run.engine, HostedEngine):
+        return run.engine.step(lr, admits)
+    return [run.engine.step(lr, *admits)]
+
+
+def _record(run: Run, head: int, state: RunState, loss: float, result: StepResult) -> None:
+    """Remember a head's update, accepted or not."""
     if result.refused is not None:
-        run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm)
-        run.watch.say(f"step {state.step}: update skipped, {result.refused}")
+        whose = {} if run.sync is None else {"head": head}
+        run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm, **whose)
+        run.watch.say(f"step {state.step}: update {f'of head {head} ' if whose else ''}skipped, {result.refused}")
     try:
         run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
     except TrainingDiverged as error:
         if run.sync is None:
             raise
-        run.diverged = str(error)  # the other heads hear of it at the next sync
+        run.diverged[head] = str(error)  # the other heads hear of it at the next sync
 
 
 def restart_run(run: Run) -> None:
@@ -148,31 +173,33 @@ def validation_loss(run: Run, model: nn.Module) -> float:
     """Mean loss of a model on the run's validation sequences, the same ones each time."""
     config, validation, axis = run.config, run.data.validation, run.runtime.batch
     assert validation is not None
-    size = config.validation_batch(axis.size)
+    size = config.validation_batch(axis.size * len(run.heads))
     batches = validation_batches(validation, sequences=config.evaluation.sequences, size=size)
     return mean_loss(model, batches, run.runtime.device, axis)
 
 
-def _targets(run: Run, batch: Batch) -> int:
-    """Targets of the head's share of the global batch; without documents to tell apart, all shares have as many."""
+def _targets(run: Run, batch: Batch) -> list[int]:
+    """Targets of each head's share of the global batch; without documents to tell apart, all shares have as many."""
     axis = run.runtime.data
+    own = [one.targets for one in apart(batch, len(run.heads))]
     if batch.position_ids is None:
-        return batch.targets * axis.size
-    return int(sum_over(axis, torch.tensor(batch.targets, device=run.runtime.device)))
+        return [count * axis.size for count in own]
+    targets: list[int] = sum_over(axis, torch.tensor(own, device=run.runtime.device)).tolist()
+    return targets
 
 
-def _agree(run: Run, part: torch.Tensor) -> float:
-    """The loss over all processes of the head, and, while they talk, whether any of them was asked to stop."""
+def _agree(run: Run, parts: torch.Tensor) -> list[float]:
+    """Losses over all processes of the head, and, while they talk, whether any of them was asked to stop."""
     axes = run.runtime
-    sums = torch.zeros(2, dtype=torch.float64, device=axes.device)
+    sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=axes.device)
     if axes.tensor.index == 0:
-        sums[0] = part
-    sums[1] = float(bool(run.stop))
-    loss, stops = sum_over(axes.model, sums).tolist()
+        sums[:-1] = parts
+    sums[-1] = float(bool(run.stop))
+    *losses, stops = sum_over(axes.model, sums).tolist()
     run.stop.asked = stops > 0
     if run.sync is None:
         run.stop.agreed = run.stop.asked
-    return float(loss)
+    return losses
 
 
 def _asked_to_stop(run: Run) -> bool:

@@ -1,6 +1,7 @@
 """The next-token loss: of one update in microbatches, and of the validation sequences."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from continual.data import Batch, Validation
 from parallel.collectives import sum_over
 from parallel.engine import Engine
+from parallel.hosted import HostedEngine
 from parallel.runtime import Axis
-from parallel.vocabulary import summed_cross_entropy
+from parallel.vocabulary import IGNORED, summed_cross_entropy
+from relora.hosted import heads_in
 
 ALONE = Axis(1, 0, None, (0,))
 """The data axis of one process."""
@@ -19,38 +22,83 @@ ALONE = Axis(1, 0, None, (0,))
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device, run: Callable[..., Any] | None = None) -> Tensor:
     """Cross-entropy summed over the batch's targets, in nats.
 
-    Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
-
     Args:
         run: what computes the model's output; None: the model itself.
     """
+    return head_losses(model, batch, device, run)[0]
+
+
+def head_losses(
+    model: nn.Module, batch: Batch, device: torch.device, run: Callable[..., Any] | None = None, *, heads: int = 1
+) -> list[Tensor]:
+    """The same for each of so many equal runs of the batch's sequences, as LTE's heads in one process have them.
+
+    Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
+    """
     here = batch.to(device)
     output = (run or model)(input_ids=here.input_ids, position_ids=here.position_ids, use_cache=False)
-    return summed_cross_entropy(model, output.logits[:, :-1].flatten(0, 1), here.labels[:, 1:].flatten())
+    pairs = zip(output.logits[:, :-1].chunk(heads), here.labels[:, 1:].chunk(heads), strict=True)
+    return [summed_cross_entropy(model, logits.flatten(0, 1), labels.flatten()) for logits, labels in pairs]
 
 
-def accumulate(engine: Engine, batch: Batch, *, targets: int, microbatch_size: int, device: torch.device) -> Tensor:
-    """Forward and backward of this process's share of one update; returns its part of the mean loss.
+def accumulate(
+    engine: Engine | HostedEngine, batch: Batch, *, targets: Sequence[int], microbatch_size: int, device: torch.device
+) -> Tensor:
+    """Forward and backward of this process's share of one update; returns its part of each head's mean loss.
 
     Each microbatch counts by its targets, so that the split into microbatches does not change the result.
 
     Args:
-        targets: of the whole global batch.
+        targets: of the whole batch of each head that this process hosts.
+        microbatch_size: sequences of a head.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in microbatches(batch, microbatch_size):
-        loss = summed_loss(engine.model, part, device, engine) / targets
-        engine.backward(loss)
-        total += loss.detach()
+    total = torch.zeros(len(targets), dtype=torch.float64, device=device)
+    for part in microbatches(batch, microbatch_size, heads=len(targets)):
+        sums = head_losses(engine.model, part, device, engine, heads=len(targets))
+        losses = torch.stack([one / count for one, count in zip(sums, targets, strict=True)])
+        engine.backward(losses.sum())
+        total += losses.detach()
     return total
 
 
-def microbatches(batch: Batch, size: int) -> Iterator[Batch]:
-    """The batch in parts of `size` sequences."""
-    for start in range(0, len(batch.input_ids), size):
-        rows = slice(start, start + size)
-        places = None if batch.position_ids is None else batch.position_ids[rows]
-        yield Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
+def microbatches(batch: Batch, size: int, *, heads: int = 1) -> Iterator[Batch]:
+    """The batch in parts of `size` sequences of each of so many equal runs."""
+    share = len(batch.input_ids) // heads
+    for start in range(0, share, size):
+        rows = torch.arange(len(batch.input_ids)).view(heads, share)[:, start : start + size].flatten()
+        yield _rows(batch, rows)
+
+
+def apart(batch: Batch, heads: int) -> list[Batch]:
+    """The batch as so many equal runs of sequences."""
+    return [_rows(batch, rows) for rows in torch.arange(len(batch.input_ids)).chunk(heads)]
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    places = None if batch.position_ids is None else batch.position_ids[rows]
+    return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
+
+
+def side_by_side(batches: Sequence[Batch], heads: int) -> Batch:
+    """One batch for each of LTE's heads in this process; gaps are filled with sequences without targets."""
+    if heads == 1:
+        return batches[0]
+    size = max(len(one.input_ids) for one in batches)
+    parts = [_filled(one, size, len(one.input_ids)) for one in batches]
+    parts += [_filled(batches[0], size, 0)] * (heads - len(parts))
+    places = [one.position_ids for one in parts if one.position_ids is not None]
+    return Batch(
+        input_ids=torch.cat([one.input_ids for one in parts]),
+        labels=torch.cat([one.labels for one in parts]),
+        position_ids=torch.cat(places) if places else None,
+    )
+
+
+def _filled(batch: Batch, size: int, kept: int) -> Batch:
+    """A batch of `size` sequences, of which those from `kept` on have no targets."""
+    more = _rows(batch, torch.arange(size).clamp(max=len(batch.input_ids) - 1))
+    more.labels[kept:] = IGNORED
+    return more
 
 
 def validation_batches(validation: Validation, *, sequences: int | None, size: int) -> Iterator[Batch]:
@@ -64,13 +112,14 @@ def validation_batches(validation: Validation, *, sequences: int | None, size: i
 def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, axis: Axis = ALONE) -> float:
     """Mean loss per target over validation batches, in evaluation mode; the processes of an axis take turns.
 
-    All run the same number of forward passes, since a partitioned model needs everyone for each: who has no batch
-    left repeats its last one, and does not count it.
+    So do the heads that a model hosts, as they would in processes of their own. All run the same number of forward
+    passes, since a partitioned model needs everyone for each: who has no batch left runs another's, and does not count
+    it.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
-    for mine, counts in _turns(batches, axis):
+    for mine, counts in _turns(batches, axis, heads_in(model)):
         loss = summed_loss(model, mine, device)
         if counts:
             sums += torch.stack([loss.double(), loss.new_tensor(mine.targets, dtype=torch.float64)])
@@ -79,13 +128,9 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     return float(loss_sum / targets)
 
 
-def _turns(batches: Iterable[Batch], axis: Axis) -> Iterator[tuple[Batch, bool]]:
-    """This process's batches, and whether each counts."""
-    mine, number = None, -1
-    for number, batch in enumerate(batches):
-        if number % axis.size == axis.index or mine is None:
-            mine = batch
-        if number % axis.size == axis.size - 1:
-            yield mine, True
-    if mine is not None and (left := (number + 1) % axis.size):
-        yield mine, axis.index < left
+def _turns(batches: Iterable[Batch], axis: Axis, heads: int) -> Iterator[tuple[Batch, bool]]:
+    """This process's batches, one for each of its heads side by side, and whether they count."""
+    left, first = iter(batches), axis.index * heads
+    while turn := list(islice(left, axis.size * heads)):
+        mine = turn[first : first + heads]
+        yield side_by_side(mine or turn[:1], heads), bool(mine)

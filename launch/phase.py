@@ -4,7 +4,7 @@ A phase is a model in the form that is trained, and an engine over it. Every pro
 own memory, then keeps its part; the next phase takes its values from the checkpoint that ends the one before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,14 @@ from transformers import PretrainedConfig
 from launch.config import TrainConfig
 from launch.model import build_model
 from parallel.engine import Engine
+from parallel.hosted import HostedEngine
+from parallel.regions import Region
 from parallel.runtime import Runtime
 from parallel.tensor import split_model
 from parallel.tensor_plan import tensor_plan, tensor_regions
 from relora.adapter import load_adapter_
 from relora.convert import Conversion, LoraConfig, planned_layers, prepare_base_, to_low_rank
+from relora.hosted import host_heads
 from relora.lte import Exchange, keep_synced_
 from relora.optimizer import parameter_groups
 
@@ -34,6 +37,8 @@ class Phase:
     """What became low-rank; None at full rank."""
     adapter: str | None = None
     """What lora.init_from brought."""
+    heads: Sequence[int] = (0,)
+    """LTE's heads that the model is for."""
 
 
 def low_rank_at(config: TrainConfig, step: int) -> bool:
@@ -41,15 +46,29 @@ def low_rank_at(config: TrainConfig, step: int) -> bool:
     return config.lora is not None and step >= config.warm_start_steps
 
 
+def hosted_heads(config: TrainConfig, runtime: Runtime, step: int) -> Sequence[int]:
+    """LTE's heads whose model this process holds (a part of) after `step` updates; in a warm start all are one."""
+    if config.lte is None or step < config.warm_start_steps:
+        return [0]
+    share = config.heads // runtime.head.size
+    return range(runtime.head.index * share, (runtime.head.index + 1) * share)
+
+
 def make_phase(
-    config: TrainConfig, hf_config: PretrainedConfig, *, step: int, fresh: bool, tensor: int, head: int = 0
+    config: TrainConfig,
+    hf_config: PretrainedConfig,
+    *,
+    step: int,
+    fresh: bool,
+    tensor: int,
+    heads: Sequence[int] = (0,),
 ) -> Phase:
     """The whole model of the phase that an update after `step` updates belongs to, checked for all that follows.
 
     Args:
         fresh: whether pre-trained weights and lora.init_from are wanted; a checkpoint brings its own.
         tensor: degree of tensor parallelism that the model must allow.
-        head: whose factors are drawn.
+        heads: whose model it will be; the factors are drawn for the first of them.
 
     Raises:
         ConfigError: a target or rank fits no layer, the adapter does not fit, or the model cannot be split so.
@@ -61,12 +80,12 @@ def make_phase(
     conversion, adapter = None, None
     if low_rank_at(config, step):
         assert config.lora is not None
-        conversion = _converted(model, config, config.lora, head)
+        conversion = _converted(model, config, config.lora, heads[0])
         if fresh and config.lora.init_from is not None:
             adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
     if tensor > 1:
         tensor_regions(model, tensor_plan(model, config.parallel.tensor_plan), size=tensor, index=0)
-    return Phase(model=model, conversion=conversion, adapter=adapter)
+    return Phase(model=model, conversion=conversion, adapter=adapter, heads=heads)
 
 
 def _converted(model: nn.Module, config: TrainConfig, lora: LoraConfig, head: int) -> Conversion:
@@ -83,6 +102,42 @@ def _converted(model: nn.Module, config: TrainConfig, lora: LoraConfig, head: in
 
 def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
     """Keep this process's part of a phase's model, in the precision that is trained, and put an engine over it."""
+    regions = _made_ready(phase, config, runtime)
+    return Engine(
+        phase.model,
+        parameter_groups(phase.model, config.optimizer),
+        runtime=runtime,
+        parallel=config.parallel,
+        regions=regions,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+        microbatch_size=config.microbatch(runtime.batch.size),
+        max_grad_norm=config.training.max_grad_norm,
+    )
+
+
+def make_engine_of_heads(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine | HostedEngine:
+    """The same, but the model of several heads is stacked first.
+
+    Raises:
+        ConfigError: the model cannot be stacked.
+    """
+    if len(phase.heads) == 1:
+        return make_engine(phase, config, runtime)
+    host_heads(phase.model, phase.heads, seed=config.run.seed)
+    _made_ready(phase, config, runtime)
+    return HostedEngine(
+        phase.model,
+        parameter_groups(phase.model, config.optimizer),
+        runtime=runtime,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        eps=config.optimizer.eps,
+        max_grad_norm=config.training.max_grad_norm,
+    )
+
+
+def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime) -> Mapping[str, Region]:
+    """Keep this process's part of the model, in the precision that is trained; returns what was cut."""
     model = phase.model
     regions = split_model(model, runtime.tensor, config.parallel.tensor_plan)
     prepare_base_(model, config.torch_dtype, config.merge_precision)
@@ -93,17 +148,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
     model.train()
     if config.training.compile:
         model.compile()
-    return Engine(
-        model,
-        parameter_groups(model, config.optimizer),
-        runtime=runtime,
-        parallel=config.parallel,
-        regions=regions,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        eps=config.optimizer.eps,
-        microbatch_size=config.microbatch(runtime.batch.size),
-        max_grad_norm=config.training.max_grad_norm,
-    )
+    return regions
 
 
 @contextmanager

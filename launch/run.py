@@ -1,6 +1,7 @@
 """One run in memory: everything that the loop works on."""
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -16,6 +17,7 @@ from launch.state import RunState
 from launch.watch import Watch
 from parallel.elastic import ElasticHeads
 from parallel.engine import Engine
+from parallel.hosted import HostedEngine
 from parallel.runtime import Runtime
 from parallel.saving import Saver
 from relora.convert import Conversion
@@ -34,8 +36,8 @@ class Run:
     """Where it stands when LTE's heads train apart; in a warm start all are one."""
     data: Data
     hf_config: PretrainedConfig
-    engine: Engine
-    """Over this process's part of the model."""
+    engine: Engine | HostedEngine
+    """Over this process's part of the model, or over the stacked model of the heads that it hosts."""
     conversion: Conversion | None
     state: RunState
     """Equal on all processes but for times and memory, and for what `RunState.own` names between LTE's heads."""
@@ -49,8 +51,10 @@ class Run:
     """The syncs of LTE's heads; None while all processes train as one."""
     elastic: ElasticHeads | None = None
     """The way to heads that are other jobs."""
-    diverged: str | None = None
-    """Why this head cannot go on; the heads agree on it at the next sync."""
+    fellows: list[RunState] = field(default_factory=list)
+    """The states of the further heads that this process hosts; `state` is the first one's."""
+    diverged: dict[int, str] = field(default_factory=dict)
+    """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 
     @property
     def model(self) -> nn.Module:
@@ -58,9 +62,24 @@ class Run:
         return self.engine.model
 
     @property
+    def heads(self) -> Sequence[int]:
+        """LTE's heads that this process hosts; one, while all processes train as one."""
+        return [0] if self.sync is None else self.sync.hosted
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Their numbers in this job's checkpoints: an elastic head is the only one there."""
+        return [0] if self.elastic is not None else self.heads
+
+    @property
+    def states(self) -> list[RunState]:
+        """Their states."""
+        return [self.state, *self.fellows]
+
+    @property
     def microbatch(self) -> int:
-        """Sequences per forward and backward of this process."""
-        return self.config.microbatch(self.runtime.batch.size)
+        """Sequences per forward and backward of each head of this process."""
+        return self.config.microbatch(self.runtime.batch.size * len(self.heads))
 
     def next_batch(self) -> Batch:
         """This process's share of the next global batch."""
@@ -89,6 +108,8 @@ def show_model(run: Run) -> None:
         heads = f"{mesh.heads} heads x " if mesh.heads > 1 else ""
         axes = f"{heads}{mesh.data} data x {mesh.tensor} tensor"
         where = f"on {mesh.world_size} processes ({axes}, ZeRO {stage}, {device})"
+    if len(run.heads) > 1:
+        where += f", {len(run.heads)} heads in each process"
     trainable = run.engine.store.trainable_entries
     if run.conversion is None:
         run.watch.say(f"full rank: {trainable:,} parameters train {where}")

@@ -44,8 +44,9 @@ def save_checkpoint(run: Run) -> None:
         "data_processes": run.runtime.batch.size,
     }
     if run.sync is not None:
-        by_process = gather_objects(run.runtime, (run.runtime.head.index, state.own()))
-        plain["heads"] = {str(head): own for head, own in reversed(by_process)}
+        mine = {str(head): one.own() for head, one in zip(run.places, run.states, strict=True)}
+        by_process = gather_objects(run.runtime, mine)
+        plain["heads"] = {head: own for heads in reversed(by_process) for head, own in heads.items()}
     run.saver.save(state.step, held, plain, best=state.best_checkpoint)
     note_published(run)
 
@@ -79,17 +80,20 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
     if begins:
         leaves = tuple(f".{leaf}" for leaf in (*_FACTORS, "extra_bits"))
         wanted = {name for name in wanted if not name.endswith(leaves)}
-    elif stored.isdisjoint(own := {name for name in wanted if not is_shared(name)}):  # a head that was not there
-        wanted -= own
+    else:
+        for head in run.places:
+            if stored.isdisjoint(own := {name for name in wanted if name.startswith(of_head(head, ""))}):
+                wanted -= own  # a head that was not there
     for name in sorted(wanted ^ stored):
         side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
         raise ConfigError(f"{checkpoint.folder} is of another model: {side} {name}")
-    read = _reader(checkpoint, run)
-    store.load(_first_cycle(read, run.model) if begins else read)
+    reads = [_reader(checkpoint, run, head) for head in run.places]
+    store.load(*(_first_cycle(read, run.model) if begins else read for read in reads))
     _set_generators(checkpoint, run)
     if run.sync is not None:
         of_heads = checkpoint.state.get("heads", {})
-        run.state.take_own(of_heads.get(str(run.runtime.head.index), {}))
+        for head, state in zip(run.places, run.states, strict=True):
+            state.take_own(of_heads.get(str(head), {}))
         load_syncs(run, checkpoint)
     return begins
 
@@ -124,27 +128,29 @@ def shared_parts(run: Run) -> Held:
 
 def _held(run: Run) -> Held:
     """What this process holds of model and optimizer, under the names of checkpoints."""
-    return {
-        kind: {_stored_name(run, kind, name): part for name, part in named.items()}
-        for kind, named in run.engine.store.held().items()
-    }
+    held: Held = {"model": {}, "optimizer": {}}
+    for place, head in enumerate(run.places):
+        for kind, named in run.engine.store.held(place).items():
+            for name, part in named.items():
+                held[kind].setdefault(_stored_name(run, kind, name, head), part)
+    return held
 
 
-def _stored_name(run: Run, kind: str, name: str) -> str:
+def _stored_name(run: Run, kind: str, name: str, head: int) -> str:
     """Of LTE's heads each has factors and Adam state of its own; right after a sync the rest is equal on all."""
     parameter, _, key = name.partition("/")
     owner, _, leaf = parameter.rpartition(".")
     factor = leaf in _FACTORS and run.conversion is not None and owner in run.conversion.low_rank
     if run.sync is None or not (factor or (kind == "optimizer" and key != "master")):
         return name
-    return of_head(run.runtime.head.index, name)
+    return of_head(head, name)
 
 
-def _reader(checkpoint: Checkpoint, run: Run) -> Read:
+def _reader(checkpoint: Checkpoint, run: Run, head: int) -> Read:
     names = {kind: set(checkpoint.names(kind)) for kind in ("model", "optimizer")}
 
     def read(kind: str, name: str, region: Region) -> Tensor | None:
-        own = _stored_name(run, kind, name)
+        own = _stored_name(run, kind, name, head)
         stored = own if own in names[kind] else name  # of a warm start, all heads take the same
         return checkpoint.part(kind, stored, region) if stored in names[kind] else None
 

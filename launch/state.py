@@ -1,5 +1,6 @@
 """What a run knows of itself between two steps: everything a checkpoint keeps beside tensors."""
 
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -67,6 +68,10 @@ class RunState:
     def own(self) -> dict[str, Any]:
         """What differs between LTE's heads."""
         return {name: getattr(self, name) for name in ("skipped", "losses", "grad_norms", "train_loss", "learned")}
+
+    def fellow(self) -> "RunState":
+        """The state of another head of the same process, which has the same past."""
+        return deepcopy(self)
 
     def take_own(self, values: dict[str, Any]) -> None:
         """Take over what `own` gave."""

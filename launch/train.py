@@ -25,7 +25,7 @@ from launch.guard import Guard, TrainingDiverged
 from launch.heads import begin_heads
 from launch.loop import evaluate, train, validation_loss
 from launch.model import model_config, name_special_tokens, save_model
-from launch.phase import make_engine, make_phase
+from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.prepare import following, show_data
 from launch.report import report
 from launch.run import Run, measure_update, show_model
@@ -104,8 +104,8 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
     tensor = runtime.tensor.size
-    head = runtime.head.index if elastic is None else elastic.number
-    phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, head=head)
+    heads = [elastic.number] if elastic is not None else hosted_heads(config, runtime, state.step)
+    phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, heads=heads)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
     on_main(runtime, lambda: folder.begin(config, here, step=state.step))
@@ -118,7 +118,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         apart=apart,
         data=data,
         hf_config=hf_config,
-        engine=make_engine(phase, config, runtime),
+        engine=make_engine_of_heads(phase, config, runtime),
         conversion=phase.conversion,
         state=state,
         guard=Guard(

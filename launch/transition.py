@@ -9,7 +9,7 @@ import gc
 import torch
 
 from launch.heads import begin_heads
-from launch.phase import make_engine, make_phase
+from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.run import Run, show_model
 from launch.saves import last_checkpoint, load_checkpoint, save_folder
 from launch.skeleton import step_flops
@@ -28,10 +28,10 @@ def begin_low_rank(run: Run) -> None:
         step=run.state.step,
         fresh=False,
         tensor=run.runtime.tensor.size,
-        head=run.runtime.head.index,
+        heads=hosted_heads(run.config, run.runtime, run.state.step),
     )
     run.conversion = phase.conversion
-    run.engine = make_engine(phase, run.config, run.runtime)
+    run.engine = make_engine_of_heads(phase, run.config, run.runtime)
     begin_heads(run)
     load_checkpoint(run, checkpoint)
     run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)

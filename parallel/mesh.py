@@ -23,7 +23,7 @@ class Mesh:
     """Number of processes along each axis."""
 
     heads: int = 1
-    """LTE heads; each is a block of data x tensor processes."""
+    """Blocks of data x tensor processes, each of one LTE head, or one process that hosts several."""
     data: int = 1
     """Processes of a head that train on different sequences, and that ZeRO partitions over."""
     tensor: int = 1
@@ -57,9 +57,18 @@ class Mesh:
 def mesh_of(world_size: int, *, tensor: int, heads: int = 1) -> Mesh:
     """The mesh of a number of processes; what heads and tensor parallelism leave over is the data axis.
 
+    With fewer processes than heads, each hosts as many heads as the others.
+
     Raises:
         ConfigError: the degrees do not divide the number of processes.
     """
+    if tensor == 1 and world_size < heads:
+        if heads % world_size:
+            raise ConfigError(
+                f"lte.heads={heads} cannot be spread evenly over {world_size} processes: start a number that divides "
+                f"it, or a multiple of {heads}"
+            )
+        return Mesh(heads=world_size)
     if world_size % (heads * tensor):
         needed = f"parallel.tensor={tensor}" if heads == 1 else f"lte.heads={heads} x parallel.tensor={tensor}"
         raise ConfigError(

@@ -200,8 +200,13 @@ class Shards:
         """Whether the optimizer updates other memory than the parameter's own."""
         return self._places[parameter].owner is not parameter
 
-    def held(self) -> Held:
-        """Everything that a checkpoint of the model and the optimizer must keep, as far as it is here."""
+    def held(self, hosted: int = 0) -> Held:
+        """Everything that a checkpoint of the model and the optimizer must keep, as far as it is here.
+
+        Args:
+            hosted: which of the heads that this process hosts; here there is one.
+        """
+        assert hosted == 0
         model = {name: self._live(name, parameter) for name, parameter in self._model.named_parameters()}
         for name, buffer in _buffers(self._model):
             model[name] = (self._buffer_regions[name], buffer)

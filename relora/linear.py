@@ -109,6 +109,9 @@ class LowRankLinear(nn.Module):
         down, up = self.change(down, up)
         if self.training and self.dropout_probability:
             x = F.dropout(x, self.dropout_probability)
+        return self._apply_factors(x, down, up)
+
+    def _apply_factors(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         # Scaling between the factors touches adapter_rank values a token instead of out_features.
         return F.linear(F.linear(x, down) * self.scaling, up)
 
@@ -116,7 +119,7 @@ class LowRankLinear(nn.Module):
         """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.
 
         Their product is up @ down less what LTE's last sync has put into the base weight: synced_up @ synced_down.
-        Shapes: (k, in), (out, k), with k once or twice the adapter rank.
+        Shapes: (..., k, in), (..., out, k), with k once or twice the adapter rank.
         """
         return self.change_from((down, up), (self.synced_down, self.synced_up))
 
@@ -128,7 +131,7 @@ class LowRankLinear(nn.Module):
             return down, up
         if synced_down is None:
             return down, up - synced_up.to(up)
-        return torch.cat([down, synced_down.to(down)]), torch.cat([up, -synced_up.to(up)], dim=1)
+        return torch.cat([down, synced_down.to(down)], dim=-2), torch.cat([up, -synced_up.to(up)], dim=-1)
 
     @torch.no_grad()
     def keep_synced_(self) -> None:

@@ -91,7 +91,7 @@ class LteConfig:
     """How many heads train apart, and how they sync."""
 
     heads: int = 2
-    """Groups of processes, each with factors, data and Adam state of its own."""
+    """Models that train apart, each with factors, data and Adam state of its own; one may be a group of processes."""
     sync_every: int = 10
     """Steps between the syncs of a layer; the last step of the run ends with a sync of all, too."""
     reset: SyncReset = SyncReset.none

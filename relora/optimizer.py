@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
+from relora.hosted import heads_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,10 +70,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """Sort the trainable parameters into groups: down, up, dense, dense_no_decay; empty ones are left out."""
     layers = low_rank_modules(model).values()
     role = {id(layer.down): "down" for layer in layers} | {id(layer.up): "up" for layer in layers}
+    matrix = 3 if heads_in(model) > 1 else 2  # heads in one process are stacked
     members: dict[str, list[nn.Parameter]] = {"down": [], "up": [], "dense": [], "dense_no_decay": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            dense = "dense" if parameter.ndim > 1 else "dense_no_decay"
+            dense = "dense" if parameter.ndim >= matrix else "dense_no_decay"
             members[role.get(id(parameter), dense)].append(parameter)
     return [
         {

@@ -10,14 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from continual.batches import Batch
+from launch.objective import accumulate
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
+from parallel.hosted import HostedEngine
 from parallel.runtime import start
 from parallel.tensor import split_model
 from parallel.vocabulary import summed_cross_entropy
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
 from relora.dense import DenseGradients
+from relora.hosted import host_heads
 from relora.lte import Exchange, LteConfig, SyncReset, keep_synced_
 from relora.optimizer import OptimizerConfig, parameter_groups
 from relora.precision import MergePrecision
@@ -253,6 +257,67 @@ def test_so_they_are_with_other_settings(on_processes, name):
         for name_, whole in mine[0][3].items():
             torch.testing.assert_close(whole.double(), weights[name_], rtol=1e-5, atol=1e-5)
     _check_syncs(results, count)
+
+
+def _together(world, heads, settings):
+    """Of heads that share processes: losses by head and step, exact weights, and of each hosted head what it holds."""
+    config = LteConfig(heads=heads, **{"sync_every": EVERY, **settings})
+    with start(heads=heads) as runtime:
+        others = _exchange(runtime, config)
+        model = _model(others.hosted[0], config)
+        keep_synced_(model, config)
+        host_heads(model, others.hosted, seed=1)
+        engine = HostedEngine(
+            model.train(), _groups(model), runtime=runtime, betas=RATE["betas"], eps=RATE["eps"], max_grad_norm=1.0
+        )
+        syncs = HeadSync(model, config, engine.store, others, seed=3, scale=LoraConfig(alpha=ALPHA).scale)
+        if config.dense == "all_reduced":
+            engine.share_dense(DenseGradients(others, alike=True))
+        losses, syncs_done, count = [], 0, len(others.hosted)
+        for step in range(1, STEPS + 1):
+            ids = torch.cat([_batches(head)[step - 1] for head in others.hosted])
+            batch = Batch(input_ids=ids, labels=ids)
+            targets = [batch.targets // count] * count
+            part = accumulate(engine, batch, targets=targets, microbatch_size=SEQUENCES, device=runtime.device)
+            losses.append(part.tolist())
+            results = engine.step(RATE["lr"], [lambda norm: None] * count)
+            assert all(result.refused is None for result in results)
+            words = [list(WORDS)] * count
+            syncs_done += len(syncs.advance(step, syncs_done + 1, lambda _, w=words: w, everything=step == STEPS))
+        held = [
+            {name: part.clone() for name, (_, part) in engine.store.held(place)["model"].items()}
+            for place in range(count)
+        ]
+        wholes = {name: engine.store.whole_weight(layer) for name, layer in syncs.layers.items()}
+        engine.close()
+        return list(zip(*losses, strict=True)), wholes, held, others.sent
+
+
+HOSTED = [
+    *((2, 1, {"reset": reset, "exchange": way}) for reset in ("none", "factors") for way in ("factors", "dense")),
+    (3, 1, {"exchange": "shared", "reset": "factors", "adam": "clear"}),
+    (2, 1, {"sync_every": 4, "fragments": 2, "delay": 1, "reset": "factors"}),
+    (2, 1, {"dense": "all_reduced"}),
+    (4, 2, {"outer": "nesterov", "outer_lr": 0.7, "outer_momentum": 0.9, "exchange": "dense"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "count", "settings"), HOSTED, ids=str)
+def test_heads_that_share_processes_are_copies_trained_in_turn(runtime, on_processes, heads, count, settings):
+    results = [_together(runtime, heads, settings)] if count == 1 else on_processes(_together, count, heads, settings)
+    losses, weights, layers, dense = _plain(heads, **settings)
+    for process, (told, wholes, held, sent) in enumerate(results):
+        assert (sent == 0) == (count == 1)
+        for name, whole in wholes.items():
+            torch.testing.assert_close(whole.double(), weights[name], rtol=1e-5, atol=1e-5)
+        for head, (mine, own) in enumerate(zip(told, held, strict=True), process * heads // count):
+            assert list(mine) == pytest.approx(losses[head], abs=1e-5)
+            for name, layer in layers[head].items():
+                for leaf in ("down", "up"):
+                    there = getattr(layer, leaf).detach()
+                    torch.testing.assert_close(own[f"{name}.{leaf}"], there, rtol=1e-5, atol=1e-5)
+            for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+                torch.testing.assert_close(own[name], dense[head][name], rtol=1e-5, atol=1e-5)
 
 
 def _check_syncs(results, count):

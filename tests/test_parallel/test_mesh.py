@@ -30,9 +30,20 @@ def test_the_data_axis_is_what_heads_and_tensor_leave_over():
     assert mesh_of(24, tensor=4, heads=2) == Mesh(heads=2, data=3, tensor=4)
 
 
+def test_fewer_processes_than_heads_share_them_evenly():
+    assert mesh_of(1, tensor=1, heads=8) == Mesh(heads=1)
+    assert mesh_of(4, tensor=1, heads=8) == Mesh(heads=4)
+
+
 @pytest.mark.parametrize(
     ("world", "tensor", "heads", "message"),
     [
+        (
+            3,
+            1,
+            8,
+            "lte.heads=8 cannot be spread evenly over 3 processes: start a number that divides it, or a multiple",
+        ),
         (6, 4, 1, "parallel.tensor=4 must divide the number of processes, got 6: start a multiple of 4"),
         (6, 2, 2, "lte.heads=2 x parallel.tensor=2 must divide the number of processes, got 6: start a multiple of 4"),
     ],
