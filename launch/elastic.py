@@ -27,7 +27,7 @@ from parallel.elastic import Admission, ElasticHeads
 from parallel.frames import TOKEN_VARIABLE, Bytes
 from parallel.ledger import Range, shown
 from parallel.meeting_line import GivenUp, MeetingLost
-from parallel.meeting_point import Decision, Lease, Terms
+from parallel.meeting_terms import Decision, Lease, Terms
 from parallel.regions import Region
 from parallel.runtime import Runtime
 from relora.initialize import key_of

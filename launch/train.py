@@ -40,12 +40,18 @@ from launch.usage import asks_for_help, train_help
 from launch.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
+from parallel.elastic import ElasticHeads
 from parallel.launchers import own_words
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.errors import ConfigError
 from relora.lte import bounded_layers
+
+_BOUNDED = (
+    "warning: with lte.reset=none the update of {layers} layers, {first} among them, never reaches full rank: their "
+    "smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or choose lte.reset=factors"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,11 +101,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         name_special_tokens(hf_config, data.tokenizer)
     elastic = come(config, folder, runtime, data, console.info)
     resume = folder.resume
-    state = RunState.from_dict(resume.state["run"]) if resume else RunState()
-    if resume:
-        _check_data(folder, data)
-    if elastic is not None:
-        begin_state(elastic, state)
+    state = _counters(folder, data, elastic)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
@@ -135,11 +137,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     begin_heads(run)
     _introduce(run)
     if bounded:
-        run.watch.say(
-            f"warning: with lte.reset=none the update of {len(bounded)} layers, {bounded[0]} among them, never reaches "
-            f"full rank: their smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or "
-            "choose lte.reset=factors"
-        )
+        run.watch.say(_BOUNDED.format(layers=len(bounded), first=bounded[0]))
     if phase.adapter is not None:
         run.watch.say(f"lora.init_from: {phase.adapter}")
     if resume is None:
@@ -148,6 +146,17 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         _resume(run, resume)
     enter(run)
     return run
+
+
+def _counters(folder: RunFolder, data: Data, elastic: ElasticHeads | None) -> RunState:
+    """What the run knows of itself as it begins."""
+    state = RunState()
+    if folder.resume is not None:
+        state = RunState.from_dict(folder.resume.state["run"])
+        _check_data(folder, data)
+    if elastic is not None:
+        begin_state(elastic, state)
+    return state
 
 
 def _resume(run: Run, resume: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from parallel.collectives import broadcast_object, gather_objects
 from parallel.frames import Bytes
 from parallel.ledger import Range, ranges_of, taken
 from parallel.meeting_line import Connection, Frames, GivenUp, MeetingLine, MeetingLost
-from parallel.meeting_point import Decision, Lease, Terms
+from parallel.meeting_terms import Decision, Lease, Terms
 from parallel.runtime import Runtime
 from relora.compression import block_of, decode, encode, encoded_bytes
 from relora.errors import ConfigError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.frames import Bytes, Message, receive_frame, send_frame
-from parallel.meeting_point import STATELESS
+from parallel.meeting_terms import STATELESS
 from relora.errors import ConfigError
 
 Frames = Generator[Message, None, None]

@@ -20,7 +20,8 @@ from parallel.files import write_atomically
 from parallel.frames import LENGTHS, TOKEN_VARIABLE, BrokenFrame, Bytes, header_of, lengths, packed
 from parallel.ledger import Ledger
 from parallel.meeting_outcome import Brought, Outcome, Parcels
-from parallel.meeting_point import Decision, MeetingPoint, Refused, Standing, Terms, Verdict, saved
+from parallel.meeting_point import MeetingPoint, saved
+from parallel.meeting_terms import Decision, Refused, Standing, Terms, Verdict
 from parallel.state_spool import StateSpool
 
 FORMAT = 1

@@ -18,8 +18,8 @@ import torch
 from parallel.elastic import ElasticHeads
 from parallel.meeting_line import GivenUp, MeetingLost
 from parallel.meeting_outcome import Brought, decoded
-from parallel.meeting_point import Lease, Terms
 from parallel.meeting_server import MeetingServer
+from parallel.meeting_terms import Lease, Terms
 from relora.compression import decode, encode
 from relora.errors import ConfigError
 from relora.heads import Compression, Parcel, Way

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from parallel.ledger import Ledger, joined, taken
-from parallel.meeting_point import MeetingPoint, Refused, Standing, Terms, Verdict
+from parallel.meeting_point import MeetingPoint
+from parallel.meeting_terms import Refused, Standing, Terms, Verdict
 
 TERMS = {"identity": "a", "layout": "b", "heads": 3, "quorum": 2, "wait_seconds": 10.0, "silence_seconds": 4.0}
 TERMS |= {"sync_every": 4, "steps": 40, "batch": 2, "positions": 1}
