@@ -31,6 +31,7 @@ _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _SMALLEST_PACKET, _LARGEST_PACKET, _PACKETS_PER_SECOND = 1500, 65000, 1000
 _TOOLS = ("ip", "nsenter", "unshare")
 _SETTINGS = {
+    "tcp_congestion_control": "reno",  # all kernels have it; on a link that loses nothing it is soon at full rate
     "tcp_slow_start_after_idle": "0",  # training pauses between syncs; each would start slowly again
     "tcp_rmem": "4096 1048576 67108864",  # windows that fill a fast link of high latency
     "tcp_wmem": "4096 1048576 67108864",

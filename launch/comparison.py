@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from launch.config import TrainConfig
 from launch.estimate import Cost, Layout, cost
 from launch.microbatch import Microbatch
@@ -39,60 +37,79 @@ class Outlook:
         return max(0, self.cost.microbatch.backward_flops - self.otherwise.backward_flops)
 
 
-def outlooks(config: TrainConfig, hf_config: PretrainedConfig, processes: int) -> list[Outlook]:
+def outlooks(config: TrainConfig, skeletons: Skeletons, processes: int) -> list[Outlook]:
     """All phases of a run, the low-rank one first; full-rank training is there even when it is no phase of it.
 
     Raises:
         ConfigError: the model or the global batch cannot be shared so.
     """
-    mesh = mesh_of(processes, tensor=config.parallel.tensor)
-    asked = Layout(zero_stage=config.parallel.zero_stage, tensor=mesh.tensor, data=mesh.data)
-    skeletons = Skeletons(config, hf_config)
     low_rank, warm_start = config.lora is not None, config.warm_start_steps > 0
-    result = [_outlook(config, skeletons, asked, "low rank", low_rank=True)] if low_rank else []
+    heads = config.heads
+    result = (
+        [_outlook(config, skeletons, asked(config, processes, heads), "low rank", low_rank=True)] if low_rank else []
+    )
     name = "warm start" if warm_start else "full rank"
-    return [*result, _outlook(config, skeletons, asked, name, low_rank=False, runs=warm_start or not low_rank)]
+    full = asked(config, processes, 1 if low_rank else heads)
+    return [*result, _outlook(config, skeletons, full, name, low_rank=False, runs=warm_start or not low_rank)]
+
+
+def asked(config: TrainConfig, processes: int, heads: int) -> Layout:
+    """The layout of so many processes as so many heads.
+
+    Raises:
+        ConfigError: they cannot be shared so.
+    """
+    mesh = mesh_of(processes, tensor=config.parallel.tensor, heads=heads)
+    return Layout(zero_stage=config.parallel.zero_stage, tensor=mesh.tensor, data=mesh.data, heads=heads)
 
 
 def fitting(phases: Sequence[Outlook], limit: float) -> list[Layout]:
     """Layouts on which every phase of the run stays within so many bytes, those with the fewest processes first."""
-    running = [phase for phase in phases if phase.runs]
-    costs = {layout: [phase.grid.get(layout) for phase in running] for layout in running[0].grid}
-    return [layout for layout, each in costs.items() if all(one is not None and one.peak <= limit for one in each)]
+    first, *others = [
+        {(layout.processes, layout.tensor, layout.zero_stage): (layout, cost) for layout, cost in phase.grid.items()}
+        for phase in phases
+        if phase.runs
+    ]
+    each = {
+        layout: [cost, *(other[key][1] if key in other else None for other in others)]
+        for key, (layout, cost) in first.items()
+    }
+    return [layout for layout, costs in each.items() if all(one is not None and one.peak <= limit for one in costs)]
 
 
 def _outlook(
-    config: TrainConfig, skeletons: Skeletons, asked: Layout, name: str, *, low_rank: bool, runs: bool = True
+    config: TrainConfig, skeletons: Skeletons, layout: Layout, name: str, *, low_rank: bool, runs: bool = True
 ) -> Outlook:
-    here = cost(config, skeletons, asked, low_rank=low_rank)
+    here = cost(config, skeletons, layout, low_rank=low_rank)
     other = skeletons.get(
         low_rank=low_rank,
-        tensor=asked.tensor,
+        tensor=layout.tensor,
         sequences=here.sequences,
         checkpointing=not config.training.activation_checkpointing,
     )
-    grid = _grid(config, skeletons, asked, here.sequences, low_rank=low_rank) if runs else {}
+    grid = _grid(config, skeletons, layout, here.sequences, low_rank=low_rank) if runs else {}
     return Outlook(name=name, runs=runs, cost=here, otherwise=other.microbatch, grid=grid)
 
 
 def _grid(
-    config: TrainConfig, skeletons: Skeletons, asked: Layout, sequences: int, *, low_rank: bool
+    config: TrainConfig, skeletons: Skeletons, layout: Layout, sequences: int, *, low_rank: bool
 ) -> dict[Layout, Cost | None]:
     grid: dict[Layout, Cost | None] = {}
-    for world in sorted({round(asked.processes * factor) for factor in _WORLDS if asked.processes * factor >= 1}):
+    heads = layout.heads
+    for world in sorted({round(layout.processes * factor) for factor in _WORLDS if layout.processes * factor >= 1}):
         for tensor in DEGREES:
-            if world % tensor:
+            if world % (heads * tensor):
                 continue
-            data = world // tensor
-            share, rest = divmod(config.training.global_batch_size, data)
+            data = world // (heads * tensor)
+            share, rest = divmod(config.training.global_batch_size, heads * data)
             for stage in STAGES:
-                layout = Layout(zero_stage=stage, tensor=tensor, data=data)
+                other = Layout(zero_stage=stage, tensor=tensor, data=data, heads=heads)
                 if rest:
-                    grid[layout] = None
+                    grid[other] = None
                     continue
                 size = math.gcd(share, sequences)
                 try:
-                    grid[layout] = cost(config, skeletons, layout, low_rank=low_rank, sequences=size)
+                    grid[other] = cost(config, skeletons, other, low_rank=low_rank, sequences=size)
                 except ConfigError:  # the model does not split so
                     break
     return grid

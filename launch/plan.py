@@ -18,19 +18,28 @@ from launch.comparison import outlooks
 from launch.config import TrainConfig, load
 from launch.console import make_console
 from launch.model import model_config
-from launch.plan_tables import figures, show
+from launch.plan_links import study
+from launch.plan_tables import figures, show, show_links
+from launch.skeleton import Skeletons
 from launch.usage import asks_for_help, field_docs
+from parallel.link_model import Link
 from relora.errors import ConfigError
 
 _Number = TypeVar("_Number", int, float)
+_UNITS = {"gpu_memory": "GiB", "link_bandwidth": "Gbit/s", "gpu_flops": "TFLOP/s", "step_seconds": "s"}
+_GPU_FLOPS = 150.0  # TFLOP/s: about half of an A100's peak in bf16
+_OF_LTE = ("link_bandwidth", "gpu_flops", "step_seconds")
 _HELP = """\
 usage: accrete plan [group=option ...] [section.key=value ...] [plan.key=value ...]
 
 Prints what a run would need: parameters; memory of each process by kind, in the low-rank phase and at full rank;
 FLOPs and bytes sent of a step and of a restart; and how memory changes with ZeRO stage, tensor degree and number of
-processes. Takes the words of `accrete train`, trains nothing and needs no GPU. docs/plan.md tells more.
+processes. With lte=heads also what a sync costs, and step time, idle share and bytes on links from NVLink to the
+internet, beside DiLoCo and DDP. Takes the words of `accrete train`, trains nothing and needs no GPU. docs/plan.md tells
+more.
 
   accrete plan experiment=relora_llama_7b parallel=zero2 plan.processes=8 plan.gpu_memory=80
+  accrete plan experiment=relora_llama_1b lte=heads lte.heads=8 plan.link_bandwidth=1 plan.link_latency=30
 """
 
 
@@ -39,17 +48,40 @@ class PlanConfig:
     """The words of the command."""
 
     processes: int | None = None
-    """Number of processes, one for each GPU; default: parallel.tensor."""
+    """Number of processes, one for each GPU; default: parallel.tensor, with lte times lte.heads."""
     gpu_memory: float | None = None
     """GiB of a GPU: says whether the run fits, and which layouts would."""
+    link_bandwidth: float | None = None
+    """Gbit/s, each way, of the link that joins a head of LTE to the others; says where LTE is faster than DDP."""
+    link_latency: float | None = None
+    """Milliseconds that a message takes from head to head, one way (half of what ping says); default: 0."""
+    gpu_flops: float | None = None
+    """TFLOP/s that a process reaches in training (its MFU times its peak), for times with lte; default: 150."""
+    step_seconds: float | None = None
+    """In place of plan.gpu_flops: seconds of a step, measured, without waiting for other heads."""
     json: Path | None = None
     """File for the same figures, in bytes; `--json FILE` means the same."""
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
             raise ConfigError(f"plan.processes must be at least 1, got {self.processes}")
-        if self.gpu_memory is not None and not 0 < self.gpu_memory < float("inf"):
-            raise ConfigError(f"plan.gpu_memory must be above 0 GiB, got {self.gpu_memory}")
+        for key, unit in _UNITS.items():
+            value = getattr(self, key)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"plan.{key} must be above 0 {unit}, got {value}")
+        if self.link_latency is not None and not 0 <= self.link_latency < float("inf"):
+            raise ConfigError(f"plan.link_latency must be 0 ms or more, got {self.link_latency}")
+        if self.link_latency is not None and self.link_bandwidth is None:
+            raise ConfigError("plan.link_latency has no effect without plan.link_bandwidth: set that, too")
+        if self.gpu_flops is not None and self.step_seconds is not None:
+            raise ConfigError("plan.gpu_flops has no effect with plan.step_seconds: leave out one of the two")
+
+    @property
+    def link(self) -> Link | None:
+        """The link that was asked for."""
+        if self.link_bandwidth is None:
+            return None
+        return Link(bandwidth=self.link_bandwidth * 1e9 / 8, latency=(self.link_latency or 0.0) / 1000)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_help(words):
         print(_HELP)
         for key, meaning in field_docs(PlanConfig).items():
-            print(textwrap.fill(f"  plan.{key:<14}{meaning}", 110, subsequent_indent=" " * 21))
+            print(textwrap.fill(f"  plan.{key:<16}{meaning}", 110, subsequent_indent=" " * 23))
         return exits.DONE
     return exits.run(lambda: _command(words))
 
@@ -66,14 +98,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     own, overrides = parse(words)
     config = load(overrides)
-    if config.lte is not None:
-        raise ConfigError("plan does not know lte yet: plan one head by lte=none, with its processes and its batch")
+    if config.lte is None:
+        for key in _OF_LTE:
+            if getattr(own, key) is not None:
+                raise ConfigError(f"plan.{key} has no effect without heads: choose lte=heads")
     hf_config = model_config(config.model, vocab_size=_vocabulary(config), sequence_length=config.data.sequence_length)
-    phases = outlooks(config, hf_config, own.processes or config.parallel.tensor)
-    show(make_console(enabled=True), config, phases, own.gpu_memory)
+    skeletons = Skeletons(config, hf_config)
+    phases = outlooks(config, skeletons, own.processes or config.heads * config.parallel.tensor)
+    console = make_console(enabled=True)
+    show(console, config, phases, own.gpu_memory)
+    told = figures(phases)
+    if config.lte is not None:
+        links = study(
+            config,
+            skeletons,
+            phases[0].cost,
+            link=own.link,
+            gpu_flops=(own.gpu_flops or _GPU_FLOPS) * 1e12,
+            step_seconds=own.step_seconds,
+        )
+        show_links(console, config.lte, links)
+        told["links"] = links.figures()
     if own.json is not None:
         try:
-            own.json.write_text(json.dumps(figures(phases), indent=2) + "\n", encoding="utf-8")
+            own.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"plan.json={own.json} cannot be written: {error.strerror}") from error
     return exits.DONE
@@ -106,6 +154,10 @@ def parse(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     config = PlanConfig(
         processes=_number("processes", own, int),
         gpu_memory=_number("gpu_memory", own, float),
+        link_bandwidth=_number("link_bandwidth", own, float),
+        link_latency=_number("link_latency", own, float),
+        gpu_flops=_number("gpu_flops", own, float),
+        step_seconds=_number("step_seconds", own, float),
         json=None if path is None else Path(path).expanduser(),
     )
     return config, others

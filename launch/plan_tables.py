@@ -1,25 +1,31 @@
 """A plan in tables, and as plain values. Memory is in GiB of one process, as GPUs are sold."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from launch.comparison import STAGES, Outlook, fitting
 from launch.config import TrainConfig
 from launch.console import Console
 from launch.estimate import Cost, Layout
+from launch.plan_links import Speed, Study
 from launch.readings import amount
+from launch.sync_estimate import SyncCost
 from parallel.footprint import Kind, Role
+from parallel.link_model import Crossover
+from relora.lte import LteConfig
 
 GIB = 1 << 30
+_SYNCED = ("factors", "changes", "dense parameters", "words")
 
 
 def show(console: Console, config: TrainConfig, phases: Sequence[Outlook], gpu_memory: float | None) -> None:
     """Print a plan."""
     layout, steps = phases[0].cost.layout, config.total_steps
+    heads = f"heads {layout.heads} x " if config.lte is not None else ""
     console.info(
-        f"{_processes(layout)}, data {layout.data} x tensor {layout.tensor}, ZeRO stage {layout.zero_stage}, offload "
-        f"{config.parallel.offload.value}; {steps:,} steps of {config.training.global_batch_size} sequences of "
+        f"{_processes(layout)}, {heads}data {layout.data} x tensor {layout.tensor}, ZeRO stage {layout.zero_stage}, "
+        f"offload {config.parallel.offload.value}; {steps:,} steps of {config.training.global_batch_size} sequences of "
         f"{config.data.sequence_length} tokens, {config.training.dtype.value}"
     )
     _show_parameters(console, phases)
@@ -72,6 +78,18 @@ def _cost_figures(cost: Cost) -> dict[str, Any]:
         "restart_flops": cost.restart_flops,
         "sent_in_step": cost.sent_in_step,
         "sent_in_restart": cost.sent_in_restart,
+        "sync": None if cost.sync is None else _sync_figures(cost.sync),
+    }
+
+
+def _sync_figures(sync: SyncCost) -> dict[str, Any]:
+    return {
+        "layers": sync.layers,
+        "by_factors": sync.by_factors,
+        "flops": sync.flops,
+        "in_sync": sync.in_sync,
+        "bytes": sync.bytes,
+        "sent": sync.sent,
     }
 
 
@@ -81,6 +99,7 @@ def _layout_figures(layout: Layout) -> dict[str, int]:
         "data": layout.data,
         "tensor": layout.tensor,
         "zero_stage": layout.zero_stage,
+        "heads": layout.heads,
     }
 
 
@@ -121,6 +140,7 @@ def _show_memory(console: Console, config: TrainConfig, phases: Sequence[Outlook
         ("+ weights gathered for a while", [cost.footprint.in_forward for cost in costs]),
         ("or + the optimizer step", [cost.footprint.in_step for cost in costs]),
         ("or + a merge", [cost.in_merge for cost in costs]),
+        ("or + a sync", [0 if cost.sync is None else cost.sync.in_sync for cost in costs]),
         ("at most", [cost.peak for cost in costs]),
     ]
     for kind in Kind:
@@ -160,15 +180,25 @@ def _work(phase: Outlook) -> dict[str, str]:
         **{f"sent, {name}": amount(size, "B") if size else "" for name, size in cost.sent_in_step.items()},
         "restart: FLOPs": amount(cost.restart_flops) if cost.restart_flops else "",
         **{f"restart: sent, {name}": amount(size, "B") if size else "" for name, size in cost.sent_in_restart.items()},
+        **_sync_work(cost),
+    }
+
+
+def _sync_work(cost: Cost) -> dict[str, str]:
+    sync = cost.sync
+    sent = dict.fromkeys(_SYNCED, 0) if sync is None else sync.sent
+    return {
+        "sync: FLOPs, in float64": amount(sync.flops) if sync is not None and sync.flops else "",
+        "sync: layers by factors": f"{sync.by_factors} of {sync.layers}" if sync is not None and sync.layers else "",
+        **{f"sync: sent by a head, {name}": amount(size, "B") if size else "" for name, size in sent.items()},
     }
 
 
 def _show_grid(console: Console, phase: Outlook, gpu_memory: float | None) -> None:
     rows = []
-    layouts = dict.fromkeys((layout.processes, layout.tensor, layout.data) for layout in phase.grid)
-    for processes, tensor, data in layouts:
-        costs = [phase.grid[Layout(zero_stage=stage, tensor=tensor, data=data)] for stage in STAGES]
-        rows.append((processes, tensor, data, *(_marked(cost, gpu_memory) for cost in costs)))
+    for first in dict.fromkeys(replace(layout, zero_stage=0) for layout in phase.grid):
+        costs = [phase.grid[replace(first, zero_stage=stage)] for stage in STAGES]
+        rows.append((first.processes, first.tensor, first.data, *(_marked(cost, gpu_memory) for cost in costs)))
     fits = "" if gpu_memory is None else f"; * fits into {gpu_memory:g} GiB"
     console.table(
         f"{phase.name}: GiB of a process at most, by ZeRO stage{fits}",
@@ -204,3 +234,45 @@ def _processes(layout: Layout) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
+
+
+def show_links(console: Console, lte: LteConfig, links: Study) -> None:
+    """Print what becomes of heads on links."""
+    names = list(next(iter(links.methods.values())))
+    sent = [
+        (heads, *(amount(method.bytes_per_step, "B") for method in methods.values()))
+        for heads, methods in links.methods.items()
+    ]
+    console.table("sent by a head to the others, in a step on average", ("heads", *names), sent)
+    if links.asked:
+        rows = [(one.method, *_speed_cells(one)) for one in links.asked]
+        console.table(
+            f"on that link, {lte.heads} heads, times predicted",
+            ("", "step", "idle", "tokens/s", "idle below 10 % from T ="),
+            rows,
+        )
+        for other, turn in links.turns.items():
+            console.info(f"{names[0]} takes less time for a step than {other} {_where(turn)}")
+    cells: dict[tuple[str, int], list[str]] = {}
+    for one in links.scenarios:
+        cells.setdefault((one.link, one.heads), []).append(f"{_seconds(one.step_seconds)} {one.idle_share:>4.0%}")
+    console.table(
+        f"step and idle share, predicted, T = {lte.sync_every}; every head has the work that one has here",
+        ("link", "heads", *names),
+        [(link, heads, *values) for (link, heads), values in cells.items()],
+    )
+
+
+def _speed_cells(one: Speed) -> tuple[str, ...]:
+    steps = "-" if one.steps is None else f"{one.steps:,}"
+    return _seconds(one.step_seconds), f"{one.idle_share:.1%}", amount(one.tokens_per_second), steps
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
+def _where(turn: Crossover) -> str:
+    if turn.bandwidth is None:
+        return "on a link of any bandwidth" if turn.on_slow else "on no link, whatever its bandwidth"
+    return f"{'below' if turn.on_slow else 'above'} {amount(8 * turn.bandwidth, 'bit/s')}"

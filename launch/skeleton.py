@@ -44,7 +44,7 @@ class Skeletons:
         if config.model.attention != "eager":  # other fused kernels keep the same, and may not be installed here
             config = replace(config, model=replace(config.model, attention="sdpa"))
         self._low, self._full = config, replace(config, lora=None, relora=None, lte=None)
-        self._hf_config = hf_config
+        self.hf_config = hf_config
         self._blocks = getattr(hf_config, "num_hidden_layers", None)
         self.alike = self._blocks is not None and self._blocks > 2 and self._repeats(self._blocks)
         self._made: dict[tuple[bool, int, int, bool], Skeleton] = {}
@@ -67,12 +67,12 @@ class Skeletons:
             return _skeleton(config, hf_config, tensor=tensor, sequences=sequences, checkpointing=checkpointing)
 
         if not self.alike:
-            return made(self._hf_config)
+            return made(self.hf_config)
         assert self._blocks is not None
         try:
-            one, two = (made(_shallow(self._hf_config, blocks)) for blocks in (1, 2))
+            one, two = (made(_shallow(self.hf_config, blocks)) for blocks in (1, 2))
         except ConfigError:  # let the whole model say it, if it is true of the whole model
-            return made(self._hf_config)
+            return made(self.hf_config)
         further = self._blocks - 1
         return Skeleton(
             held=_repeated(one.held, two.held, further),
@@ -81,9 +81,9 @@ class Skeletons:
         )
 
     def _repeats(self, blocks: int) -> bool:
-        whole = self._sizes(self._hf_config)
+        whole = self._sizes(self.hf_config)
         try:
-            one, two = (self._sizes(_shallow(self._hf_config, depth)) for depth in (1, 2))
+            one, two = (self._sizes(_shallow(self.hf_config, depth)) for depth in (1, 2))
         except ConfigError:  # a target names a block that is not there
             return False
         return all(
@@ -111,9 +111,10 @@ def _shallow(hf_config: PretrainedConfig, blocks: int) -> PretrainedConfig:
 def _skeleton(
     config: TrainConfig, hf_config: PretrainedConfig, *, tensor: int, sequences: int, checkpointing: bool
 ) -> Skeleton:
-    packed = config.data.document_mask
+    packed, ranks = config.data.document_mask, config.lte.ranks if config.lte is not None else None
+    head = ranks.index(max(ranks)) if ranks else 0  # the largest one
     with weightless(packed=packed):
-        phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor)
+        phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor, heads=[head])
         model = phase.model
         split_model(model, imagined_axis(tensor), config.parallel.tensor_plan)
         prepare_base_(model, config.torch_dtype, config.merge_precision)

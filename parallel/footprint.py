@@ -61,6 +61,12 @@ class Kind(str, Enum):
     masters = "fp32 masters"
     moments = "Adam moments"
     buffers = "communication buffers"
+    synced = "factors of the last sync"
+    peers = "other heads' factors"
+    anchors = "dense masters of the last sync"
+    outer = "outer momentum"
+    residuals = "what rounding kept back"
+    flight = "a sync on its way"
 
 
 _WEIGHTS = {Role.base: Kind.base, Role.frozen: Kind.frozen, Role.dense: Kind.dense, Role.factor: Kind.factors}

@@ -220,12 +220,13 @@ class HeadSync:
     def _pack(self, name: str, layer: LowRankLinear) -> _Luggage:
         down, up = (torch.Size(shape[-2:]) for shape in self._store.factor_shapes(layer))
         part = self._store.base(layer)
+        pieces = part.layer_replicas // part.replicas  # the last of which may be shorter, but all must choose alike
         gathers = self._config.exchange == Exchange.factors or (
             self._config.exchange == Exchange.auto
             and self._heads.by_factors(
                 self._largest(down.numel() + up.numel(), layer),
-                part.weight.numel(),
-                alike=part.replicas == part.layer_replicas,
+                -(-(up.numel() // up[1] * down[1]) // pieces),
+                alike=pieces == 1,
             )
         )
         return _Luggage(name, layer, part, Way.gather if gathers else Way.mean, (down, up))
@@ -303,6 +304,7 @@ class HeadSync:
             tally.weigh(item.part)
             self._merge(item, delivery, flight.index, tally)
             self._after(item, delivery, flight)
+            item.own = item.changes = None  # of all layers together they are as large as the model's factors
         products = self._end_dense(flight)
         sent, self._reported = self._heads.sent - self._reported, self._heads.sent
         report = tally.report(
