@@ -195,3 +195,28 @@ def test_all_jobs_and_the_meeting_point_stop_and_go_on_as_if_they_had_not(jobs, 
     (tmp_path / "meeting/ledger.json").unlink()
     run("cd")
     assert same_model(*[tmp_path / name for name in "abcd"])
+
+
+def test_a_signal_is_granted_at_the_next_sync_and_a_lost_meeting_point_ends_the_head_with_one_message(
+    jobs, meeting, tmp_path
+):
+    start, end = jobs
+    point, address = meeting()
+    words = [address, "lte.heads=1", "lte.reset=factors", "training.steps=4000", "parallel.silence_seconds=1"]
+    log = tmp_path / "a/log"
+    job = start("a", *words)
+    wait_for(lambda: len(syncs(tmp_path / "a")) >= 2, tmp_path)
+    os.kill(job, signal.SIGTERM)
+    assert end("a") == exits.PREEMPTED
+    done = syncs(tmp_path / "a")[-1]["step"]
+    assert (tmp_path / f"a/checkpoints/step_{done:08d}").is_dir()
+    assert "head 0 left, as it was asked to\n" in (tmp_path / "meeting.log").read_text(), "it gives nothing back"
+
+    start("a", *words)
+    wait_for(lambda: syncs(tmp_path / "a")[-1]["step"] > done + 8, tmp_path)
+    assert f"resumed from {tmp_path}/a/checkpoints/step_{done:08d} at step {done}" in log.read_text()
+    point.kill()
+    assert end("a") == exits.PREEMPTED
+    last = log.read_text().rstrip().splitlines()[-1]
+    assert last.startswith(f"error: the meeting point at {address.removeprefix('lte.meeting=')} cannot be reached")
+    assert last.endswith("start the same command again")
