@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from launch import exits
+from launch.config import load
 from launch.records import read_records
 from parallel.ledger import joined
+from relora.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 HEADS = [
@@ -220,3 +223,24 @@ def test_a_signal_is_granted_at_the_next_sync_and_a_lost_meeting_point_ends_the_
     last = log.read_text().rstrip().splitlines()[-1]
     assert last.startswith(f"error: the meeting point at {address.removeprefix('lte.meeting=')} cannot be reached")
     assert last.endswith("start the same command again")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["lte=heads", "+lte.wait_seconds=5"], "lte.wait_seconds=5.0 has no effect without lte.meeting"),
+    (["lte=elastic", "lte.delay=2"], "lte.delay=2 cannot be with lte.meeting"),
+    (["lte=elastic", "lte.dense=all_reduced"], "lte.dense=all_reduced cannot be with lte.meeting"),
+    (["lte=elastic", "lte.exchange=shared"], "lte.exchange=shared cannot be with lte.meeting"),
+    (["lte=elastic", "lte.quorum=3"], "lte.quorum must be in 1 to lte.heads=2"),
+    (["lte=elastic", "lte.wait_seconds=0"], "lte.wait_seconds must be above 0"),
+    (["lte=elastic", "training.global_batch_size=7"], "must be a multiple of lte.heads=2"),
+    (["lte=elastic", "+relora.every=10"], "relora must be none with lte.meeting"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load([*words, *([] if "relora" in words[-1] else ["evaluation.every=0", "checkpoint.every=0"])])
+
+
+def test_the_quorum_is_more_than_half_unless_it_is_told():
+    still = ["lte=elastic", "training.global_batch_size=8", "evaluation.every=0", "checkpoint.every=0"]
+    assert [load([*still, f"lte.heads={heads}"]).lte.least_members for heads in (1, 2, 4)] == [1, 2, 3]
+    assert load([*still, "lte.heads=4", "lte.quorum=1"]).lte.least_members == 1
