@@ -60,6 +60,11 @@ def asked(config: TrainConfig, processes: int, heads: int) -> Layout:
         ConfigError: they cannot be shared so.
     """
     mesh = mesh_of(processes, tensor=config.parallel.tensor, heads=heads)
+    if mesh.heads < heads:
+        raise ConfigError(
+            f"plan.processes={processes} must be a multiple of lte.heads={heads}: plan reckons with heads that have "
+            "processes of their own, and not with several in one"
+        )
     return Layout(zero_stage=config.parallel.zero_stage, tensor=mesh.tensor, data=mesh.data, heads=heads)
 
 

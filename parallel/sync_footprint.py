@@ -12,7 +12,7 @@ from relora.heads import Compression, Way
 from relora.lte import DenseSync, Exchange, LteConfig, OuterOptimizer
 
 _FP64 = 8
-_MEAN_BYTES = 30  # an entry: own change, in pieces, encoded, as it came in, the same in float64, and the mean
+_MEAN_BYTES = 32  # an entry: own change, in pieces, encoded, as it came in, the same in float64, and the mean
 _ROUNDED_BYTES = 8  # besides, with compression: decoded again, and what is kept back
 _OUTER_BYTES = 12  # besides, with an outer optimizer: what the change is measured from, and the step
 
@@ -138,7 +138,7 @@ def _on_its_way(config: LteConfig, layer: SyncedLayer, load: Load) -> int:
 
 
 def in_sync(here: SyncedHeld, config: LteConfig, layout: SyncLayout, *, merge: int) -> int:
-    """Most bytes at once that a sync takes besides: all layers' changes, and what one after the other needs.
+    """Most bytes at once that a sync takes besides, for one layer after the other, then the dense parameters.
 
     Args:
         merge: bytes of a merge itself.
@@ -146,12 +146,12 @@ def in_sync(here: SyncedHeld, config: LteConfig, layout: SyncLayout, *, merge: i
     per_entry = _MEAN_BYTES + (0 if config.compression == Compression.none else _ROUNDED_BYTES)
     per_entry += 0 if config.outer == OuterOptimizer.none else _OUTER_BYTES
     times = 2 if config.keeps_synced else 1
-    own = sum(layer.factors for layer in here.layers) * (1 + (times if config.keeps_synced else 0)) * FP32
     most = here.dense * per_entry
     for layer, load in zip(here.layers, here.loads(layout, config), strict=True):
+        own = layer.factors * (1 + (times if config.keeps_synced else 0)) * FP32
         if load.way is Way.gather:
             # All heads' rows, encoded and decoded; factors of the mean change side by side, and twice in float64.
-            most = max(most, config.heads * layer.factors * (2 * FP32 + times * (FP32 + 2 * _FP64)) + merge)
+            most = max(most, own + config.heads * layer.factors * (2 * FP32 + times * (FP32 + 2 * _FP64)) + merge)
         else:
-            most = max(most, load.entries * per_entry, load.entries * 2 * FP32 + merge)
-    return own + most
+            most = max(most, own + load.entries * per_entry, own + load.entries * 2 * FP32 + merge)
+    return most

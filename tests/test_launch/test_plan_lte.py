@@ -193,6 +193,7 @@ def test_full_rank_heads_are_diloco_beside_ddp(tmp_path):
         (["plan.link_bandwidth=1", "plan.link_latency=-1"], "plan.link_latency must be 0 ms or more"),
         (["plan.gpu_flops=1", "plan.step_seconds=1"], "plan.gpu_flops has no effect with plan.step_seconds"),
         (["lte=none", "plan.step_seconds=1"], "plan.step_seconds has no effect without heads"),
+        (["plan.processes=1"], "plan.processes=1 must be a multiple of lte.heads=2"),
         (["plan.processes=3"], "lte.heads=2 x parallel.tensor=1 must divide the number of processes"),
     ],
 )
