@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 HEADS = [
     "lte=elastic",
     "lte.sync_every=4",
-    "lte.wait_seconds=1",
-    "parallel.silence_seconds=3",
+    "lte.wait_seconds=2",
+    "parallel.silence_seconds=4",
     "parallel.timeout_seconds=20",
     "checkpoint.every=8",
     "evaluation.every=0",
@@ -159,8 +159,8 @@ def test_one_is_late_one_is_killed_and_joins_again_and_all_three_end_as_one_mode
     assert same_model(*folders.values())
     told = decisions(tmp_path)
     assert [one["sync"] for one in told] == list(range(91)), "nobody waited for good"
-    assert told[-1]["members"] == [0, 1, 2]
-    assert any(one["sync"] > gone[0]["sync"] and one["joined"] for one in told)
+    again = next(one["sync"] for one in told if one["sync"] > gone[0]["sync"] and one["joined"])
+    assert any(one["sync"] > again and one["members"] == [0, 1, 2] for one in told), "it is one of three again"
     number = int(re.findall(r"this is head (\d)", (folders["c"] / "log").read_text())[-1])
     assert any(number not in one["members"] for one in syncs(folders["c"])), "it takes up what was made without it"
     assert syncs(folders["a"])[-1].items() >= {"sync": 90, "trained": told[-1]["trained"]}.items()
