@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.lte_costs import SCENARIO, Spending, as_values, spending
+from benchmarks.lte_costs import FLOPS, LINK, Spending, spending
 from benchmarks.lte_methods import FULL, QUICK, Cell, Family, Study, cells, families, reference
-from benchmarks.lte_picture import draw_curves, draw_grid
+from benchmarks.lte_picture import draw_cross, draw_curves
 from benchmarks.outcome import Document, document, markdown, write_document
+from benchmarks.quality import next_rate
 from benchmarks.runs import Result, read_result, run_all
 from launch import exits
 from launch.history import History, read_history
@@ -30,7 +31,7 @@ Found = dict[tuple[Cell, float], tuple[Result, History]]
 
 
 def make_runs(study: Study, runs: Path, *, workers: int, apart: bool) -> Found:
-    """Make all runs: each family's rates in its reference cell, then the other cells at the best of them."""
+    """Make all runs: each family's rates in its reference cell, and beyond them, then all cells at the best of them."""
     found: Found = {}
 
     def make(wanted: list[tuple[Cell, float]]) -> None:
@@ -43,14 +44,23 @@ def make_runs(study: Study, runs: Path, *, workers: int, apart: bool) -> Found:
 
     every = cells(study)
     make([(reference(study, family), rate) for family in families(every) for rate in study.rates[family]])
+    for _ in range(study.extensions):
+        beyond = [(family, next_rate(losses_by_rate(study, found, family))) for family in families(every)]
+        make([(reference(study, family), rate) for family, rate in beyond if rate is not None])
     make([(cell, best_rate(study, found, cell.family)) for cell in every])
     return found
 
 
-def best_rate(study: Study, found: Found, family: Family) -> float:
-    """The learning rate that does best in the family's reference cell."""
+def losses_by_rate(study: Study, found: Found, family: Family) -> dict[float, float]:
+    """Validation loss by learning rate, in the family's reference cell."""
     at = reference(study, family)
-    return min(study.rates[family], key=lambda rate: found[at, rate][0].val_loss)
+    return {rate: result.val_loss for (cell, rate), (result, _) in found.items() if cell == at}
+
+
+def best_rate(study: Study, found: Found, family: Family) -> float:
+    """The learning rate that does best there."""
+    losses = losses_by_rate(study, found, family)
+    return min(losses, key=lambda rate: losses[rate])
 
 
 def results(study: Study, found: Found) -> Document:
@@ -60,7 +70,7 @@ def results(study: Study, found: Found) -> Document:
         rate = best_rate(study, found, cell.family)
         result, history = found[cell, rate]
         for machines in (cell.machines,) if cell.family.has_heads else study.machines:
-            spent = spending(cell, cell.overrides(study), machines, history, SCENARIO)
+            spent = spending(cell, study, machines)
             rows.append(_row(cell, rate, result, history, spent))
     rates = [
         {"method": cell.family.value, "machines": cell.machines, "every": cell.every, "rate": rate}
@@ -68,15 +78,18 @@ def results(study: Study, found: Found) -> Document:
         for (cell, rate), (result, _) in found.items()
         if cell == reference(study, cell.family)
     ]
-    settings = asdict(study) | {"scenario": as_values(SCENARIO)}
+    settings = asdict(study) | {"flops": FLOPS, "link": asdict(LINK)}
     return document("lte", torch.device("cpu"), settings=settings, rows=rows, rates=rates)
 
 
 def _row(cell: Cell, rate: float, result: Result, history: History, spent: Spending) -> dict[str, Any]:
     last = history.summary["steps"]
     per_step = result.tokens // last
-    curve = [(tokens, loss, *spent.after(tokens // per_step, SCENARIO)) for tokens, loss in result.curve]
-    sent, seconds = spent.after(last, SCENARIO)
+    steps = [tokens // per_step for tokens, _ in result.curve]
+    curve = [
+        {"tokens": tokens, "loss": loss, "sent": spent.sent(step), "seconds": spent.seconds(step)}
+        for step, (tokens, loss) in zip(steps, result.curve, strict=True)
+    ]
     ranks = [record for record in history.spectra if record["step"] == last]
     return {
         "method": cell.family.value,
@@ -85,15 +98,15 @@ def _row(cell: Cell, rate: float, result: Result, history: History, spent: Spend
         "rate": rate,
         "val_loss": result.val_loss,
         "tokens": result.tokens,
-        "exchanges": len(spent.exchanges),
-        "sent": sent,
-        "seconds": seconds,
-        "compute_seconds": last * spent.step_seconds,
+        "exchanges": spent.exchanges(last),
+        "sent": spent.sent(last),
+        "seconds": spent.seconds(last),
+        "compute_seconds": last * spent.method.computing,
         "effective_rank": fmean(record["effective_rank"] for record in ranks) if ranks else None,
         "numerical_rank": fmean(record["numerical_rank"] for record in ranks) if ranks else None,
         "cosine": fmean(_told(history, "cosine_mean")) if _told(history, "cosine_mean") else None,
         "shrinkage": fmean(_told(history, "shrinkage")) if _told(history, "shrinkage") else None,
-        "curve": [dict(zip(("tokens", "loss", "sent", "seconds"), point, strict=True)) for point in curve],
+        "curve": curve,
     }
 
 
@@ -136,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a minute's worth that only shows that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves there (png)")
-    parser.add_argument("--grid", type=Path, metavar="FILE", help="draw the losses of all cells there (png)")
+    parser.add_argument("--cross", type=Path, metavar="FILE", help="draw the final losses there (png)")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs live; those done are kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--apart", action="store_true", help="a process for each head, rather than one for all")
@@ -153,8 +166,8 @@ def _command(options: argparse.Namespace) -> int:
         write_document(options.json, outcome)
     if options.picture:
         draw_curves(outcome, options.picture)
-    if options.grid:
-        draw_grid(outcome, options.grid)
+    if options.cross:
+        draw_cross(outcome, options.cross)
     return exits.DONE
 
 

@@ -1,80 +1,65 @@
-"""What training over a slow link costs: bytes that a machine sends, and seconds on machines and a link of stated speed.
+"""What training over a slow link costs: bytes that a machine sends, and seconds on machines and links of stated speed.
 
-Compute time is counted, not measured, so that a busy computer makes no difference.
+All of it is computed, as `accrete plan` does, so that it makes no difference how busy this computer is, or that heads
+share a process here.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from benchmarks.lte_methods import Cell
-from benchmarks.parallel_traffic import ALL_REDUCE, ring
-from benchmarks.quality_methods import trainable_parameters
+from benchmarks.lte_methods import Cell, Family, Study
 from continual.data import open_data
+from launch.comparison import asked
 from launch.config import load
-from launch.history import History
+from launch.estimate import cost
 from launch.model import model_config
-from launch.skeleton import step_flops
+from launch.plan_links import DDP, DILOCO, LTE, RELORA, study
+from launch.skeleton import Skeletons
+from parallel.link_model import Link, Method
 
-_FP32 = 4
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Scenario:
-    """Machines and the link of each to all others."""
-
-    flops: float
-    """FLOP/s that a machine really makes."""
-    bandwidth: float
-    """Bits per second that a machine can send."""
-    latency: float
-    """Seconds that a message takes."""
-
-    def exchange_seconds(self, sent: int, machines: int) -> float:
-        """Of an exchange in which each machine sends so many bytes: a ring passes its pieces on 2 (N - 1) times."""
-        return 8 * sent / self.bandwidth + 2 * (machines - 1) * self.latency
-
-
-SCENARIO = Scenario(flops=2e10, bandwidth=2e7, latency=0.02)
-
-
-def step_flops_of(overrides: Sequence[str]) -> int:
-    """FLOPs of one update on all machines together."""
-    config = load(overrides)
-    vocab_size = open_data(config.data, seed=config.run.seed).vocab_size
-    hf_config = model_config(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
-    return step_flops(config, hf_config, 0, print)
+FLOPS = 2e10
+"""FLOP/s of a machine."""
+LINK = Link(bandwidth=20e6 / 8, latency=0.02)
+"""20 Mbit/s each way, 20 ms one way."""
+_NAMES = {Family.ddp: DDP, Family.relora: RELORA, Family.diloco: DILOCO}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Spending:
-    """What a cell spends."""
+    """What a cell spends on so many machines."""
 
     machines: int
-    step_seconds: float
-    """Compute time of one update."""
-    exchanges: dict[int, int]
-    """Bytes that one machine sends, by the step after which it does."""
+    method: Method
 
-    def after(self, step: int, scenario: Scenario) -> tuple[int, float]:
-        """Bytes that a machine has sent by then, and the seconds that have passed."""
-        sent = [size for at, size in self.exchanges.items() if at <= step]
-        waited = sum(scenario.exchange_seconds(size, self.machines) for size in sent)
-        return sum(sent), step * self.step_seconds + waited
+    def exchanges(self, step: int) -> int:
+        """How often machines have exchanged by then."""
+        return step // self.method.every
 
+    def sent(self, step: int) -> int:
+        """Bytes that one machine has sent by then."""
+        return self.exchanges(step) * round(sum(trip.bytes for trip in self.method.trips))
 
-def spending(cell: Cell, overrides: Sequence[str], machines: int, history: History, scenario: Scenario) -> Spending:
-    """What a finished run would have spent on so many machines; heads tell it themselves."""
-    steps = history.summary["steps"]
-    if cell.family.has_heads:
-        exchanges = {record["step"]: record["bytes"] for record in history.syncs()}
-    else:
-        gradients = ring(ALL_REDUCE, _FP32 * trainable_parameters(overrides), machines)
-        exchanges = dict.fromkeys(range(1, steps + 1), gradients)
-    seconds = step_flops_of(overrides) / machines / scenario.flops
-    return Spending(machines=machines, step_seconds=seconds, exchanges=exchanges)
+    def seconds(self, step: int) -> float:
+        """How long that has taken."""
+        return step * self.method.computing + self.exchanges(step) * self.method.waiting(LINK)
 
 
-def as_values(scenario: Scenario) -> dict[str, Any]:
-    """A scenario for a document."""
-    return asdict(scenario)
+def spending(cell: Cell, chosen: Study, machines: int) -> Spending:
+    """What a cell spends; sums of gradients as if its machines were heads that sum them."""
+    heads = cell if cell.family.has_heads else Cell(family=Family.lte_none, machines=machines, every=1)
+    method = _methods(heads.overrides(chosen))[_NAMES.get(cell.family, LTE)]
+    assert chosen.steps % method.every == 0
+    return Spending(machines=machines, method=method)
+
+
+def _methods(overrides: Sequence[str]) -> dict[str, Method]:
+    """All ways to train on as many machines as a configuration has heads, by name."""
+    config = load(overrides)
+    vocab_size = open_data(config.data, seed=config.run.seed).vocab_size
+    hf_config = model_config(config.model, vocab_size=vocab_size, sequence_length=config.data.sequence_length)
+    skeletons = Skeletons(config, hf_config)
+    run = cost(
+        config, skeletons, asked(config, config.heads, config.heads), low_rank=config.lora is not None, on_gpu=False
+    )
+    planned = study(config, skeletons, run, link=None, gpu_flops=FLOPS, step_seconds=None)
+    return planned.methods[config.heads]

@@ -37,22 +37,25 @@ class Study:
     """Numbers of heads, or of replicas."""
     rhythms: tuple[int, ...]
     """Steps between syncs."""
-    reference: tuple[int, int]
-    """Machines and rhythm of the runs that learning rates are chosen by."""
+    middle: tuple[int, int]
+    """The number of machines at which all rhythms run, and the rhythm at which all numbers do: a cross, no grid. Where
+    they meet, learning rates are chosen."""
     rates: dict[Family, tuple[float, ...]]
-    """Learning rates that are tried."""
+    """Learning rates that are tried first, each twice the one before."""
+    extensions: int
+    """How often a sweep whose best rate lies at an edge goes on beyond it."""
     overrides: tuple[str, ...]
     """Settings that all runs share."""
 
 
 FULL = Study(
-    steps=400,
+    steps=300,
     rank=8,
-    cycle=150,
+    cycle=100,
     rewarm=10,
     machines=(2, 4, 8),
     rhythms=(1, 10, 50),
-    reference=(4, 10),
+    middle=(4, 10),
     rates={
         Family.ddp: (0.002, 0.004),
         Family.relora: (0.004, 0.008),
@@ -60,16 +63,18 @@ FULL = Study(
         Family.lte_factors: (0.004, 0.008, 0.016),
         Family.diloco: (0.001, 0.002, 0.004),
     },
+    extensions=1,
     overrides=(
         "model.config.hidden_size=128",
+        "model.config.num_hidden_layers=2",
         "model.config.num_attention_heads=4",
         "model.config.intermediate_size=344",
         "model.config.initializer_range=0.088",  # 1 / sqrt(hidden_size): docs/results/quality.md tells why
         "data.sequence_length=64",
         "training.global_batch_size=16",
-        "schedule.warmup_steps=40",
+        "schedule.warmup_steps=30",
         "evaluation.every=50",
-        "evaluation.sequences=512",
+        "evaluation.sequences=256",
         "evaluation.batch_size=64",
     ),
 )
@@ -81,8 +86,9 @@ QUICK = replace(
     rewarm=1,
     machines=(2,),
     rhythms=(4,),
-    reference=(2, 4),
+    middle=(2, 4),
     rates={family: rates[:1] for family, rates in FULL.rates.items()},
+    extensions=0,
     overrides=(
         "model.config.hidden_size=32",
         "model.config.num_attention_heads=4",
@@ -152,13 +158,12 @@ class Cell:
 def cells(study: Study) -> list[Cell]:
     """All cells of a study, in the order of its tables."""
     found = []
+    middle, usual = study.middle
+    pairs = [(machines, every) for machines in study.machines for every in study.rhythms]
+    cross = [(machines, every) for machines, every in pairs if machines == middle or every == usual]
     for family in Family:
         if family.has_heads:
-            found += [
-                Cell(family=family, machines=machines, every=every)
-                for machines in study.machines
-                for every in study.rhythms
-            ]
+            found += [Cell(family=family, machines=machines, every=every) for machines, every in cross]
         else:
             found.append(Cell(family=family, machines=1, every=1))
     return found
@@ -166,7 +171,7 @@ def cells(study: Study) -> list[Cell]:
 
 def reference(study: Study, family: Family) -> Cell:
     """The cell by which a family's learning rate is chosen."""
-    machines, every = study.reference if family.has_heads else (1, 1)
+    machines, every = study.middle if family.has_heads else (1, 1)
     return Cell(family=family, machines=machines, every=every)
 
 

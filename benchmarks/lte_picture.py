@@ -1,4 +1,4 @@
-"""The pictures of the study of LTE: loss against what it costs, and the final loss of all cells."""
+"""The pictures of the study of LTE: loss against what it costs, and how the final loss depends on heads and rhythm."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,7 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 def draw_curves(study: Document, path: Path) -> None:
     """Loss against tokens, bytes and time, for the number of machines in the middle."""
-    numbers = sorted({row["machines"] for row in study["rows"]})
-    machines = numbers[len(numbers) // 2]
+    machines, _ = study["settings"]["middle"]
     rows = [row for row in study["rows"] if row["machines"] == machines]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 5.2), layout="constrained")
@@ -49,25 +48,29 @@ def draw_curves(study: Document, path: Path) -> None:
         _save(figure, path)
 
 
-def draw_grid(study: Document, path: Path) -> None:
-    """The final loss of each cell: a panel for each rhythm, over the number of machines."""
-    rhythms = list(study["settings"]["rhythms"])
-    numbers = sorted({row["machines"] for row in study["rows"]})
+def draw_cross(study: Document, path: Path) -> None:
+    """The final loss over the number of steps between syncs, and over the number of heads."""
+    machines, every = study["settings"]["middle"]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(13, 4.4), layout="constrained")
-        panels = figure.subplots(1, len(rhythms), sharey=True, squeeze=False)[0]
-        for axes, every in zip(panels, rhythms, strict=True):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        wanted = (
+            ("every", "machines", machines, f"steps between syncs of {machines} heads"),
+            ("machines", "every", every, f"heads that sync every {every} steps"),
+        )
+        for axes, (over, fixed, value, title) in zip(panels, wanted, strict=True):
             for family, colour in _COLOURS.items():
-                of_family = [row for row in study["rows"] if row["method"] == family]
+                rows = [row for row in study["rows"] if row["method"] == family]
                 if not Family(family).has_heads:
-                    axes.axhline(of_family[0]["val_loss"], color=colour, linestyle="--", linewidth=1.2, label=family)
+                    axes.axhline(rows[0]["val_loss"], color=colour, linestyle="--", linewidth=1.2, label=family)
                     continue
-                points = sorted((row["machines"], row["val_loss"]) for row in of_family if row["every"] == every)
+                points = sorted((row[over], row["val_loss"]) for row in rows if row[fixed] == value)
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=family)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(numbers, [str(number) for number in numbers], minor=False)
-            axes.set_xlabel("heads")
-            axes.set_title(f"a sync every {every} steps" if every > 1 else "a sync in every step", fontsize=10)
+            places = sorted({row[over] for row in study["rows"] if Family(row["method"]).has_heads})
+            axes.set_xscale("log")
+            axes.set_xticks(places, [str(place) for place in places])
+            axes.set_xticks([], minor=True)
+            axes.set_xlabel(title)
             axes.grid(axis="y", color="0.93")
         panels[0].set_ylabel("final validation loss (nats per byte)")
         handles, labels = panels[0].get_legend_handles_labels()

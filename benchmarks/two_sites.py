@@ -52,7 +52,7 @@ class Study:
 
 FULL = Study(
     steps=60,
-    turns=2,
+    turns=1,
     megabits=20,
     latency=0.02,
     rank=8,
@@ -175,7 +175,10 @@ def train(place: Place, overrides: Sequence[str], folder: Path) -> dict[str, Any
         raise RunFailed(f"{folder} ended with exit codes {codes}: see {logs[0]} and {logs[1]}")
     after = place.sent()
     summary = read_history(folder).summary
-    told = {key: summary[key] for key in ("val_loss", "tokens", "tokens_per_second", "wall_seconds", "bytes_sent")}
+    told = {
+        key: summary[key]
+        for key in ("val_loss", "tokens", "tokens_per_second", "wall_seconds", "bytes_sent", "sync_share")
+    }
     return told | {"sent": None if before is None or after is None else after - before}
 
 
