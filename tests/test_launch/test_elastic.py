@@ -182,7 +182,7 @@ def test_all_jobs_and_the_meeting_point_stop_and_go_on_as_if_they_had_not(jobs, 
     start, end = jobs
     words = ["lte.compression=int8", "lte.exchange=factors", "lte.outer=nesterov", "lte.outer_lr=0.7"]
     words += ["lte.outer_momentum=0.5", "lte.heads=2", "training.global_batch_size=4", "training.steps=18"]
-    words += ["lte.wait_seconds=30"]
+    words += ["lte.wait_seconds=30", "parallel.silence_seconds=30"]
 
     def run(names, *stop):
         point, address = meeting()
