@@ -1,5 +1,6 @@
 """Batches: the sequences of training at a position of the run, and those of validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,18 @@ class Batch:
         """The batch on a device."""
         places = None if self.position_ids is None else self.position_ids.to(device)
         return Batch(input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=places)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The sequences of several batches as one."""
+    if len(batches) == 1:
+        return batches[0]
+    places = [batch.position_ids for batch in batches if batch.position_ids is not None]
+    return Batch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        position_ids=torch.cat(places) if places else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

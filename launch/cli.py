@@ -13,6 +13,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",
     "report": "draw one or several runs",
     "plan": "memory, FLOPs and traffic of a training command, before it runs",
+    "meet": "the meeting point of elastic heads",
     "doctor": "what this machine has, and what will not work",
 }
 

@@ -197,7 +197,25 @@ class TrainConfig:
 
     def validation_batch(self, data: int = 1) -> int:
         """Validation sequences per forward of a process."""
-        return self.evaluation.batch_size or self.training.microbatch(data)
+        return self.evaluation.batch_size or self.microbatch(data)
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that share the global batch: elastic heads are one each."""
+        return self.lte.heads if self.lte is not None and self.lte.meeting is not None else 1
+
+    @property
+    def job_batch(self) -> int:
+        """Sequences per update of this job."""
+        return self.training.global_batch_size // self.jobs
+
+    def microbatch(self, data: int = 1) -> int:
+        """Sequences per forward and backward when `data` processes of this job share its part of the global batch.
+
+        Raises:
+            ConfigError: it cannot be shared so.
+        """
+        return self.training.microbatch(data * self.jobs)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -218,8 +236,8 @@ class TrainConfig:
 
     @property
     def heads(self) -> int:
-        """Groups of processes that train apart."""
-        return self.lte.heads if self.lte is not None else 1
+        """Groups of processes of this job that train apart."""
+        return self.lte.heads // self.jobs if self.lte is not None else 1
 
     @property
     def merge_precision(self) -> MergePrecision:
@@ -282,7 +300,7 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
         ConfigError: the global batch cannot be shared, or a setting would have no effect.
     """
     hosted = config.heads // mesh.heads
-    config.training.microbatch(mesh.heads * mesh.data * hosted)
+    config.microbatch(mesh.heads * mesh.data * hosted)
     if hosted > 1:
         check_hosted(config, hosted)
 

@@ -39,12 +39,15 @@ def run(command: Callable[[], int]) -> int:
 def explain(error: BaseException) -> Failure:
     """An exception as the user should hear of it."""
     from launch.guard import TrainingDiverged
+    from parallel.meeting_line import MeetingLost
 
     line = " ".join(str(error).split())  # other libraries' words may come in several lines
     if isinstance(error, ConfigError):
         return Failure(message=line, code=REFUSED)
     if isinstance(error, TrainingDiverged):
         return Failure(message=line, code=FAILED)
+    if isinstance(error, MeetingLost):
+        return Failure(message=line, code=PREEMPTED)
     if is_disk_error(error):
         advice = "Free some space or name another folder; checkpoints are untouched"
         return Failure(message=f"{line}. {advice}", code=REFUSED)

@@ -35,6 +35,8 @@ def check_lte(config: TrainConfig, lte: LteConfig) -> None:
         _check_ranks(lte, config.lora.rank_pattern)
     if config.relora is not None:
         _check_restarts(config, lte)
+    if lte.meeting is not None:
+        _check_elastic(config, lte)
     _check_rhythms(config, lte)
 
 
@@ -103,6 +105,18 @@ def _check_restarts(config: TrainConfig, lte: LteConfig) -> None:
         raise ConfigError(
             f"relora.merge_precision={relora.merge_precision.value} has no effect with lte, whose syncs merge by "
             f"lte.merge_precision={lte.merge_precision.value}: set both alike"
+        )
+
+
+def _check_elastic(config: TrainConfig, lte: LteConfig) -> None:
+    if config.relora is not None:
+        raise ConfigError(
+            "relora must be none with lte.meeting: choose lte.reset=factors, whose syncs draw new factors"
+        )
+    if config.training.global_batch_size % lte.heads:
+        raise ConfigError(
+            f"training.global_batch_size={config.training.global_batch_size} must be a multiple of lte.heads="
+            f"{lte.heads}: each head takes its share of it in every step"
         )
 
 

@@ -4,23 +4,26 @@ Momenta are equal on all heads and kept once, cut as the weights are; residuals 
 heads' `synced_down` and `synced_up` in the model's part of the checkpoint, which every head reads of every other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from torch import Tensor
 
 from launch.run import Run
-from launch.snapshot import of_head
+from launch.snapshot import is_shared, of_head
 from parallel.checkpoint import Checkpoint
 from parallel.regions import Region
 from relora.dense import DENSE
 
 KIND = "lte"
 
+Read = Callable[[str, Region], Tensor]
+
 
 def held_of_syncs(run: Run) -> dict[str, tuple[Region, Tensor]]:
     """What this process holds of it, under the names of checkpoints."""
-    return {name: (region, part) for name, region, part in _parts(run)}
+    held = {name: (region, part) for name, region, part in _parts(run)}
+    return held if run.elastic is None else held | _primes(run)
 
 
 def load_syncs(run: Run, checkpoint: Checkpoint) -> None:
@@ -33,6 +36,9 @@ def load_syncs(run: Run, checkpoint: Checkpoint) -> None:
     for name, region, part in _parts(run):
         if name in stored:
             part.copy_(checkpoint.part(KIND, name, region).reshape(part.shape))
+    if run.elastic is not None:
+        take_primes(run, stored, lambda name, region: checkpoint.part(KIND, name, region))
+        return
     primes = set(checkpoint.names("model"))
     for name in sync.layers:
         names = [f"{name}.synced_down", f"{name}.synced_up"]
@@ -46,6 +52,37 @@ def load_syncs(run: Run, checkpoint: Checkpoint) -> None:
                 for one, region in zip(theirs, regions, strict=True)
             )
             sync.peers.setdefault(name, {})[head] = (down.clone(), up.clone())
+
+
+def take_momenta(run: Run, stored: Collection[str], read: Read) -> None:
+    """Take over what heads have in common; their residuals are each one's own."""
+    for name, region, part in _parts(run):
+        if name in stored and is_shared(name):
+            part.copy_(read(name, region).reshape(part.shape))
+
+
+def take_primes(run: Run, stored: Collection[str], read: Read) -> None:
+    """Take over what an elastic head remembers of the others, whose models it has not got."""
+    sync, store = run.sync, run.engine.store
+    assert sync is not None
+    sync.peers.clear()
+    for name in sync.layers:
+        for head in range(sync.count):
+            theirs = {leaf: of_head(head, f"{name}.{leaf}/prime") for leaf in ("down", "up")}
+            if theirs["down"] in stored:
+                down, up = (read(one, store.region(f"{name}.{leaf}")) for leaf, one in theirs.items())
+                sync.peers.setdefault(name, {})[head] = (down.clone(), up.clone())
+
+
+def _primes(run: Run) -> dict[str, tuple[Region, Tensor]]:
+    sync, store = run.sync, run.engine.store
+    assert sync is not None
+    return {
+        of_head(head, f"{name}.{leaf}/prime"): (store.region(f"{name}.{leaf}"), factor)
+        for name, heads in sync.peers.items()
+        for head, pair in heads.items()
+        for leaf, factor in zip(("down", "up"), pair, strict=True)
+    }
 
 
 def _parts(run: Run) -> Iterator[tuple[str, Region, Tensor]]:

@@ -24,7 +24,7 @@ def begin_heads(run: Run) -> None:
     if config.lte is None or run.state.step < config.warm_start_steps:
         return
     run.state.learned = run.state.learned or [0.0] * config.lte.fragments
-    heads = HeadExchange(
+    heads = run.elastic or HeadExchange(
         run.runtime,
         heads=config.lte.heads,
         choice=config.lte.exchange,
@@ -32,6 +32,7 @@ def begin_heads(run: Run) -> None:
         carrier=MpiCarrier(run.runtime) if config.lte.transport == Transport.mpi else None,
     )
     if config.lte.dense == DenseSync.all_reduced:
+        assert isinstance(heads, HeadExchange), "elastic heads average them"
         run.engine.share_dense(DenseGradients(heads, alike=run.engine.store.masters_alike))
     run.sync = HeadSync(
         run.model,
@@ -40,6 +41,7 @@ def begin_heads(run: Run) -> None:
         heads,
         seed=config.run.seed,
         scale=config.lora.scale if config.lora is not None else float,
+        anchored=run.elastic is not None,
         measured=_measured(run),
     )
     run.fellows = [run.state.fellow() for _ in run.heads[1:]]
@@ -70,12 +72,14 @@ def sync_run(run: Run, *, everything: bool) -> None:
     """
     assert run.sync is not None
     state = run.state
-    ended = run.sync.advance(state.step, state.syncs + 1, lambda fragment: _words(run, fragment), everything=everything)
+    ended = run.sync.advance(
+        state.step, state.syncs + 1, lambda fragment: words_of(run, fragment), everything=everything
+    )
     for report, said in ended:
         _note(run, report, said)
 
 
-def _words(run: Run, fragment: int | None) -> list[list[float]]:
+def words_of(run: Run, fragment: int | None) -> list[list[float]]:
     """What each head of this process says as a sync begins: weight, loss, a wish to stop, whether it cannot go on."""
     return [_words_of(run, head, state, fragment) for head, state in zip(run.heads, run.states, strict=True)]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from continual.batches import Batch
+from launch.elastic import meet_others
 from launch.guard import TrainingDiverged
 from launch.heads import drawn_for, sync_run
 from launch.objective import accumulate, apart, mean_loss, validation_batches
@@ -40,7 +41,9 @@ def train(run: Run) -> bool:
         update(run, clock)
         warm_start_ends = state.step == config.warm_start_steps
         restarts = config.relora is not None and restart_due(config.relora, state.step, total)
-        if run.sync is not None:
+        if run.elastic is not None:
+            meet_others(run)
+        elif run.sync is not None:
             sync_run(run, everything=restarts or state.step == total)
         if restarts:
             restart_run(run)
@@ -67,7 +70,7 @@ def train(run: Run) -> bool:
 def update(run: Run, clock: Stopwatch) -> None:
     """One optimizer step on the next global batch."""
     config, state = run.config, run.state
-    size = config.training.global_batch_size
+    size = config.job_batch
     scale = multiplier(state.step, config.schedule, total_steps=config.total_steps, restarts=config.restarts)
     lr = config.peak_lr(state.step) * scale
     batch = run.next_batch()
@@ -201,6 +204,8 @@ def _agree(run: Run, parts: torch.Tensor) -> list[float]:
 
 def _asked_to_stop(run: Run) -> bool:
     stop_after = run.config.training.stop_after
+    if run.elastic is not None:
+        return run.stop.agreed
     if run.sync is not None:
         assert run.config.lte is not None
         asked = run.stop.agreed and run.state.step % run.config.lte.sync_every == 0  # where a checkpoint can be

@@ -50,7 +50,7 @@ def hosted_heads(config: TrainConfig, runtime: Runtime, step: int) -> Sequence[i
     """LTE's heads whose model this process holds (a part of) after `step` updates; in a warm start all are one."""
     if config.lte is None or step < config.warm_start_steps:
         return [0]
-    share = config.lte.heads // runtime.head.size
+    share = config.heads // runtime.head.size
     return range(runtime.head.index * share, (runtime.head.index + 1) * share)
 
 
@@ -111,7 +111,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
         regions=regions,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
-        microbatch_size=config.training.microbatch(runtime.batch.size),
+        microbatch_size=config.microbatch(runtime.batch.size),
         max_grad_norm=config.training.max_grad_norm,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, field
 from torch import nn
 from transformers import PretrainedConfig
 
-from continual.batches import Batch
+from continual.batches import Batch, joined
 from continual.data import Data
 from launch.config import TrainConfig
 from launch.guard import Guard
@@ -15,6 +15,7 @@ from launch.signals import StopRequest
 from launch.spectra import Spectra
 from launch.state import RunState
 from launch.watch import Watch
+from parallel.elastic import ElasticHeads
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
 from parallel.runtime import Runtime
@@ -48,6 +49,8 @@ class Run:
     spectra: Spectra | None
     sync: HeadSync | None = None
     """The syncs of LTE's heads; None while all processes train as one."""
+    elastic: ElasticHeads | None = None
+    """The way to heads that are other jobs."""
     fellows: list[RunState] = field(default_factory=list)
     """The states of the further heads that this process hosts; `state` is the first one's."""
     diverged: dict[int, str] = field(default_factory=dict)
@@ -64,6 +67,11 @@ class Run:
         return [0] if self.sync is None else self.sync.hosted
 
     @property
+    def places(self) -> Sequence[int]:
+        """Their numbers in this job's checkpoints: an elastic head is the only one there."""
+        return [0] if self.elastic is not None else self.heads
+
+    @property
     def states(self) -> list[RunState]:
         """Their states."""
         return [self.state, *self.fellows]
@@ -71,13 +79,16 @@ class Run:
     @property
     def microbatch(self) -> int:
         """Sequences per forward and backward of each head of this process."""
-        return self.config.training.microbatch(self.runtime.batch.size * len(self.heads))
+        return self.config.microbatch(self.runtime.batch.size * len(self.heads))
 
     def next_batch(self) -> Batch:
         """This process's share of the next global batch."""
-        axis = self.runtime.batch
-        share = self.config.training.global_batch_size // axis.size
-        return self.data.train.batch(self.state.position + axis.index * share, share)
+        axis, size = self.runtime.batch, self.config.job_batch
+        share = size // axis.size
+        if self.elastic is None:
+            return self.data.train.batch(self.state.position + axis.index * share, share)
+        leased = self.elastic.leased(self.state.step, size, start=axis.index * share, count=share)
+        return joined([self.data.train.batch(start, stop - start) for start, stop in leased])
 
 
 def measure_update(run: Run) -> None:

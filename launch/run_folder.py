@@ -32,6 +32,9 @@ _FREE = (
     "run.name",
     "run.log_every",
     "run.save_",
+    "lte.meeting",
+    "lte.quorum",
+    "lte.wait_seconds",
     "training.stop_after",
     "training.microbatch_size",
     "training.peak_flops",
@@ -85,7 +88,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
-        done = step if self.resume else -1
+        done = step if self.resume or step else -1  # a head that joins others has no checkpoint to go on from
         truncate_records(self.metrics, done)
         # The last cycle is measured after the last step, so a run that was killed at its very end measures it again.
         truncate_records(self.spectra, done - 1 if done == config.total_steps else done)
@@ -135,6 +138,12 @@ def find(config: TrainConfig, path: Path) -> RunFolder:
         folder.resume = _named(Path(choice).expanduser())
         folder.notices += _check_branch(config, folder.resume)
     return folder
+
+
+def binding(config: TrainConfig) -> dict[str, Any]:
+    """All that must be the same in two attempts at one run, and in all jobs of it."""
+    ours = resolved(config)
+    return {key: _at(ours, key) for key in keys_of(ours) if not key.startswith(_FREE)}
 
 
 @contextmanager

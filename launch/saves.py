@@ -44,7 +44,7 @@ def save_checkpoint(run: Run) -> None:
         "data_processes": run.runtime.batch.size,
     }
     if run.sync is not None:
-        mine = {str(head): one.own() for head, one in zip(run.heads, run.states, strict=True)}
+        mine = {str(head): one.own() for head, one in zip(run.places, run.states, strict=True)}
         by_process = gather_objects(run.runtime, mine)
         plain["heads"] = {head: own for heads in reversed(by_process) for head, own in heads.items()}
     run.saver.save(state.step, held, plain, best=state.best_checkpoint)
@@ -81,18 +81,18 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
         leaves = tuple(f".{leaf}" for leaf in (*_FACTORS, "extra_bits"))
         wanted = {name for name in wanted if not name.endswith(leaves)}
     else:
-        for head in run.heads:
+        for head in run.places:
             if stored.isdisjoint(own := {name for name in wanted if name.startswith(of_head(head, ""))}):
                 wanted -= own  # a head that was not there
     for name in sorted(wanted ^ stored):
         side = "the checkpoint lacks" if name in wanted else "only the checkpoint has"
         raise ConfigError(f"{checkpoint.folder} is of another model: {side} {name}")
-    reads = [_reader(checkpoint, run, head) for head in run.heads]
+    reads = [_reader(checkpoint, run, head) for head in run.places]
     store.load(*(_first_cycle(read, run.model) if begins else read for read in reads))
     _set_generators(checkpoint, run)
     if run.sync is not None:
         of_heads = checkpoint.state.get("heads", {})
-        for head, state in zip(run.heads, run.states, strict=True):
+        for head, state in zip(run.places, run.states, strict=True):
             state.take_own(of_heads.get(str(head), {}))
         load_syncs(run, checkpoint)
     return begins
@@ -121,10 +121,15 @@ def adopt_start(run: Run, checkpoint: Checkpoint) -> None:
     on_main(run.runtime, adopt)
 
 
+def shared_parts(run: Run) -> Held:
+    """What this process holds of the model and the masters that is equal on all heads right after a sync."""
+    return {kind: {name: part for name, part in named.items() if is_shared(name)} for kind, named in _held(run).items()}
+
+
 def _held(run: Run) -> Held:
     """What this process holds of model and optimizer, under the names of checkpoints."""
     held: Held = {"model": {}, "optimizer": {}}
-    for place, head in enumerate(run.heads):
+    for place, head in enumerate(run.places):
         for kind, named in run.engine.store.held(place).items():
             for name, part in named.items():
                 held[kind].setdefault(_stored_name(run, kind, name, head), part)

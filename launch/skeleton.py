@@ -202,4 +202,4 @@ def step_flops(config: TrainConfig, hf_config: PretrainedConfig, step: int, say:
         say(f"no FLOPs are reported: {error}")
         return 0
     microbatch = skeleton.microbatch
-    return (config.training.global_batch_size // sequences) * (microbatch.forward_flops + microbatch.backward_flops)
+    return (config.job_batch // sequences) * (microbatch.forward_flops + microbatch.backward_flops)

@@ -25,6 +25,10 @@ class RunState:
     """What one head has sent to the others."""
     sync_seconds: float = 0.0
     """Wall time in which training stood still for syncs."""
+    number: int = 0
+    """Of this head among elastic ones."""
+    era: int = 0
+    """How often a run of elastic heads had gone back to a checkpoint."""
     learned: list[float] = field(default_factory=list)
     """Targets that this head has learned from since the last sync of each fragment of LTE's layers."""
     skipped: list[int] = field(default_factory=list)

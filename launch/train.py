@@ -18,6 +18,7 @@ from continual.data import Data, open_data
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.console import Console, make_console
+from launch.elastic import begin_state, come, enter
 from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
@@ -39,12 +40,18 @@ from launch.usage import asks_for_help, train_help
 from launch.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
+from parallel.elastic import ElasticHeads
 from parallel.launchers import own_words
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.errors import ConfigError
 from relora.lte import bounded_layers
+
+_BOUNDED = (
+    "warning: with lte.reset=none the update of {layers} layers, {first} among them, never reaches full rank: their "
+    "smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or choose lte.reset=factors"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,15 +99,14 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     hf_config = model_config(config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length)
     if config.model.name_or_path is None:
         name_special_tokens(hf_config, data.tokenizer)
+    elastic = come(config, folder, runtime, data, console.info)
     resume = folder.resume
-    state = RunState.from_dict(resume.state["run"]) if resume else RunState()
-    if resume:
-        _check_data(folder, data)
+    state = _counters(folder, data, elastic)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
     tensor = runtime.tensor.size
-    heads = hosted_heads(config, runtime, state.step)
+    heads = [elastic.number] if elastic is not None else hosted_heads(config, runtime, state.step)
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, heads=heads)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
@@ -126,22 +132,31 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
+        elastic=elastic,
     )
     begin_heads(run)
     _introduce(run)
     if bounded:
-        run.watch.say(
-            f"warning: with lte.reset=none the update of {len(bounded)} layers, {bounded[0]} among them, never reaches "
-            f"full rank: their smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or "
-            "choose lte.reset=factors"
-        )
+        run.watch.say(_BOUNDED.format(layers=len(bounded), first=bounded[0]))
     if phase.adapter is not None:
         run.watch.say(f"lora.init_from: {phase.adapter}")
     if resume is None:
         seed_dropout(config.run.seed, runtime)
     else:
         _resume(run, resume)
+    enter(run)
     return run
+
+
+def _counters(folder: RunFolder, data: Data, elastic: ElasticHeads | None) -> RunState:
+    """What the run knows of itself as it begins."""
+    state = RunState()
+    if folder.resume is not None:
+        state = RunState.from_dict(folder.resume.state["run"])
+        _check_data(folder, data)
+    if elastic is not None:
+        begin_state(elastic, state)
+    return state
 
 
 def _resume(run: Run, resume: Checkpoint) -> None:

@@ -39,6 +39,11 @@ class DenseParameters:
         if self._anchored:
             self._anchors = self.masters()[0].clone()
 
+    def drop_changes(self) -> None:
+        """Set them back to what they were after the last sync, as far as that is remembered."""
+        if self._anchors is not None:
+            self._set([self._anchors] * len(self._heads.hosted))
+
     def masters(self) -> Tensor:
         """Their masters as far as they are here. Shapes: (hosted heads, entries)."""
         hosted = len(self._heads.hosted)
@@ -63,19 +68,24 @@ class DenseParameters:
         """Set the members' parameters to the mean, or to what an outer optimizer makes of it."""
         before = self._anchors
         now = mean if before is None else before + outer.step(DENSE, mean)
+        rows = []
+        for row, head in zip(self.masters(), self._heads.hosted, strict=True):
+            if head in members:
+                rows.append(now)
+            else:  # its own change stays on top
+                assert before is not None
+                rows.append(row + (now - before))
+        self._set(rows)
+        if before is not None:
+            self._anchors = now.clone()
+
+    def _set(self, rows: Sequence[Tensor]) -> None:
         start = 0
         for parameter in self.parameters:
             master = self._store.master(parameter).view(len(self._heads.hosted), -1)
-            inside = slice(start, start + master.shape[1])
-            for row, head in zip(master, self._heads.hosted, strict=True):
-                if head in members:
-                    row.copy_(now[inside])
-                else:  # its own change stays on top
-                    assert before is not None
-                    row.add_(now[inside] - before[inside])
-            start = inside.stop
-        if before is not None:
-            self._anchors = now.clone()
+            for target, row in zip(master, rows, strict=True):
+                target.copy_(row[start : start + master.shape[1]])
+            start += master.shape[1]
         self._store.publish(self.parameters)
 
 

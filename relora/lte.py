@@ -126,6 +126,12 @@ class LteConfig:
     """Steps that heads go on training while a sync is on its way; 0: they wait for it."""
     merge_precision: MergePrecision = MergePrecision.split
     """How a bfloat16 base weight takes up a sync: split, stochastic or nearest; no matter in float32."""
+    meeting: str | None = None
+    """HOST:PORT of the meeting point of heads that are jobs of their own; null: all heads are processes of this one."""
+    quorum: int | None = None
+    """Fewest heads that make a sync at a meeting point; null: more than half of lte.heads."""
+    wait_seconds: float = 60.0
+    """How long a sync there waits for the other heads after the first has come."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -152,6 +158,32 @@ class LteConfig:
             raise ConfigError(
                 f"lte.ranks must be {self.heads} ranks of at least 1, one for each head, got {self.ranks}"
             )
+        self._check_meeting()
+
+    def _check_meeting(self) -> None:
+        usual = LteConfig.__dataclass_fields__
+        if self.meeting is None:
+            for key in ("quorum", "wait_seconds"):
+                if getattr(self, key) != usual[key].default:
+                    raise ConfigError(
+                        f"lte.{key}={getattr(self, key)} has no effect without lte.meeting: leave it out, or choose "
+                        "lte=elastic"
+                    )
+            return
+        for key in ("fragments", "delay", "ranks", "transport", "dense", "reset_every"):
+            value = getattr(self, key)
+            if value != usual[key].default:
+                told = value.value if isinstance(value, Enum) else value
+                raise ConfigError(
+                    f"lte.{key}={told} cannot be with lte.meeting: elastic heads sync all layers at once, have one "
+                    "rank, and talk to their meeting point alone. Leave it out, or choose lte=heads"
+                )
+        if self.exchange == Exchange.shared:
+            raise ConfigError("lte.exchange=shared cannot be with lte.meeting, where a head may be late: choose auto")
+        if self.quorum is not None and not 1 <= self.quorum <= self.heads:
+            raise ConfigError(f"lte.quorum must be in 1 to lte.heads={self.heads} (or null), got {self.quorum}")
+        if not self.wait_seconds > 0:
+            raise ConfigError(f"lte.wait_seconds must be above 0, got {self.wait_seconds}")
 
     def _check_reset(self) -> None:
         if self.reset == SyncReset.none:
@@ -194,6 +226,11 @@ class LteConfig:
     def keeps_synced(self) -> bool:
         """Whether factors outlive a sync, so that what the base weight has of them must be remembered."""
         return self.reset == SyncReset.none or self.reset_every > 1
+
+    @property
+    def least_members(self) -> int:
+        """Heads that make a sync at a meeting point."""
+        return self.heads // 2 + 1 if self.quorum is None else self.quorum
 
     def rank_of(self, head: int) -> int | None:
         """A head's own adapter rank; None where all heads have lora.rank."""

@@ -442,6 +442,22 @@ class HeadSync:
                 assert self._config.adam_scale is not None
                 scale_moments(moments, self._config.adam_scale)
 
+    @torch.no_grad()
+    def begin_anew(self, index: int) -> None:
+        """Let the hosted heads begin after a sync as if they had never been there: new factors, nothing in Adam."""
+        self.dense.drop_changes()
+        for name, layer in self.layers.items():
+            item = self._pack(name, layer)
+            self._redraw(item, index)
+            self._set_primes_to_zero(item)
+        for residual in (one for several in self.residuals.values() for one in several):
+            residual.zero_()
+        factors = [factor for layer in self.layers.values() for factor in (layer.down, layer.up)]
+        for parameter in [*self.dense.parameters, *factors]:
+            moments = self._store.moments(parameter)
+            if moments is not None:
+                clear_moments(moments)
+
     def forget(self) -> None:
         """Start over with factors that a restart has drawn: the base weight has nothing of them."""
         self.peers.clear()

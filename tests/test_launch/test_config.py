@@ -99,7 +99,7 @@ def test_the_help_names_every_key():
     (["parallel.offload=optimizer"], "parallel.offload=optimizer needs parallel.zero_stage=1"),
     (["parallel.tensor=2"], "parallel.tensor=2 must divide the number of processes, got 1"),
     (["+parallel.deepspeed.optimizer.type=Adam"], "parallel.deepspeed.optimizer"),
-    (["lte=head"], "lte=head is not an option: choose one of heads, heads_relora, none"),
+    (["lte=head"], "lte=head is not an option: choose one of elastic, heads, heads_relora, none"),
     (["model.name_or_path=x"], "exactly one of model.name_or_path and model.config, got both"),
     (["schedule.warmup_steps=500"], "schedule.warmup_steps=500 must be below"),
     (["evaluation.sequences=0"], "evaluation.sequences must be at least 1"),
