@@ -6,6 +6,7 @@ What lies on a GPU goes through host memory, so that any MPI library will do.
 import torch
 from torch import Tensor
 
+from parallel.mpi import library_of, mpi_world
 from parallel.runtime import Runtime
 from relora.errors import ConfigError
 
@@ -24,24 +25,16 @@ class MpiCarrier:
         Raises:
             ConfigError: mpi4py or an MPI library is missing, or MPI's processes are not the run's.
         """
-        try:
-            from mpi4py import MPI  # here, since the import starts MPI
-        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library to load
-            raise ConfigError(
-                f"lte.transport=mpi needs mpi4py and its MPI library ({error}): install mpi4py (pip install mpi4py; "
-                f"with conda or modules, the one of the same MPI), {_WAY_OUT}"
-            ) from error
-        world = MPI.COMM_WORLD
+        mpi, world = mpi_world("lte.transport=mpi", _WAY_OUT)
         if (world.Get_rank(), world.Get_size()) != (runtime.process_rank, runtime.world_size):
-            library = MPI.Get_library_version().split("\n")[0].strip()
             raise ConfigError(
-                f"lte.transport=mpi needs a run that MPI has started, but MPI ({library}) takes this process for "
-                f"{world.Get_rank()} of {world.Get_size()}, and the run for {runtime.process_rank} of "
+                f"lte.transport=mpi needs a run that MPI has started, but MPI ({library_of(mpi)}) takes this process "
+                f"for {world.Get_rank()} of {world.Get_size()}, and the run for {runtime.process_rank} of "
                 f"{runtime.world_size}: start it by that library's mpirun, or by srun --mpi=..., {_WAY_OUT}"
             )
         self._group = world.Split(runtime.head.ranks[0], runtime.head.index)
         self._size = runtime.head.size
-        self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
 
     def all_gather(self, flat: Tensor) -> Tensor:
         """All counterparts' bytes, in order. Shapes: (bytes,), to (counterparts, bytes)."""

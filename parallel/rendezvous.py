@@ -1,13 +1,13 @@
 """Where processes meet when only MPI knows: the main process picks a port, and MPI tells the others.
 
-mpi4py is imported here only under mpirun, and in parallel/mpi_carrier.py on request, so that machines without an MPI
-library lack nothing.
+MPI is asked only under mpirun, so that machines without an MPI library lack nothing.
 """
 
 import dataclasses
 import socket
 
 from parallel.launchers import Announcement
+from parallel.mpi import library_of, mpi_world
 from relora.errors import ConfigError
 
 _WAY_OUT = "or set MASTER_ADDR (the first machine) and MASTER_PORT, which make MPI unnecessary"
@@ -21,22 +21,14 @@ def with_address(found: Announcement) -> Announcement:
     """
     if found.world_size == 1 or found.address is not None:
         return found
-    try:
-        from mpi4py import MPI  # here, since the import starts MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library to load
-        raise ConfigError(
-            f"{found.launcher} needs mpi4py and its MPI library ({error}): install mpi4py (pip install mpi4py; with "
-            f"conda or modules, the one of the same MPI), {_WAY_OUT}"
-        ) from error
-    world = MPI.COMM_WORLD
+    mpi, world = mpi_world(found.launcher, _WAY_OUT)
     if (world.Get_rank(), world.Get_size()) != (found.process_rank, found.world_size):
-        library = MPI.Get_library_version().split("\n")[0].strip()
         raise ConfigError(
             f"{found.launcher} started {found.world_size} processes, but mpi4py sees {world.Get_size()}: it uses "
-            f"{library}, which is not this launcher's MPI. Use that library's mpirun, or install mpi4py against this "
-            f"one (MPICC=mpicc pip install --no-binary mpi4py mpi4py), {_WAY_OUT}"
+            f"{library_of(mpi)}, which is not this launcher's MPI. Use that library's mpirun, or install mpi4py "
+            f"against this one (MPICC=mpicc pip install --no-binary mpi4py mpi4py), {_WAY_OUT}"
         )
-    one_machine = world.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == found.world_size
+    one_machine = world.Split_type(mpi.COMM_TYPE_SHARED).Get_size() == found.world_size
     address = "127.0.0.1" if one_machine else _address()
     address, port = world.bcast((address, _free_port()))
     return dataclasses.replace(found, address=address, port=port)
