@@ -68,6 +68,21 @@ class _Guest:
         await self.writer.drain()
 
 
+def _remembered(path: Path) -> MeetingPoint:
+    """What a ledger's file knows."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        version = stored.get("format")
+        if version == FORMAT:
+            ledger = Ledger.from_json(stored["ledger"])
+            return MeetingPoint(Terms(**stored["terms"]), ledger, sync=stored["sync"], eras=stored["eras"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): put back a copy of it, or name another --folder for a run from the start"
+        ) from error
+    raise ValueError(f"{path} has format {version!r}, and this version reads {FORMAT}")
+
+
 class MeetingServer:
     """Serves one run, until its last head has said goodbye after the last sync."""
 
@@ -75,7 +90,7 @@ class MeetingServer:
         """Read the ledger of the folder, if there is one.
 
         Raises:
-            ValueError: it is of another version.
+            ValueError: it is damaged, or of another version.
         """
         self._folder, self._token, self._keep_bytes, self._say = folder, token, keep_bytes, say
         self._session = secrets.token_hex(8)
@@ -91,12 +106,9 @@ class MeetingServer:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / LEDGER
         if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored.get("format") != FORMAT:
-                raise ValueError(f"{path} has format {stored.get('format')!r}, and this version reads {FORMAT}")
-            ledger = Ledger.from_json(stored["ledger"])
-            self._point = MeetingPoint(Terms(**stored["terms"]), ledger, sync=stored["sync"], eras=stored["eras"])
-            say(f"{path}: {stored['sync']} syncs were made, {ledger.merged_count:,} sequences are in them")
+            self._point = _remembered(path)
+            merged = self._point.ledger.merged_count
+            say(f"{path}: {self._point.sync} syncs were made, {merged:,} sequences are in them")
 
     async def serve(self, host: str | None, port: int) -> None:
         """Serve until the run is complete and all heads have left."""

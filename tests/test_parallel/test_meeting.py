@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch import meet
 from parallel.elastic import ElasticHeads
 from parallel.meeting_line import GivenUp, MeetingLost
 from parallel.meeting_outcome import Brought, decoded
@@ -232,3 +233,22 @@ def test_the_command_needs_no_torch_and_refuses_a_port_in_use(tmp_path, port):
         )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 1, "led', "is damaged"),
+        ('{"format": 1, "ledger": {}}', "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format": 9}', "has format 9, and this version reads 1"),
+    ],
+)
+def test_a_ledger_that_cannot_be_read_is_named_and_left_as_it_is(tmp_path, text, message, capsys):
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    assert meet.main(["--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} {message}" in error
+    assert error.count("\n") == 1
+    assert path.read_text() == text
