@@ -383,7 +383,7 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         section = key.split(".")[0]
         if f"{section}=none" in overrides:
             return f"{key} has no effect: {section}=none turns it off. Drop one of the two"
-        known = keys_of(OmegaConf.to_container(composed([])))
+        known = keys_of(OmegaConf.to_container(composed(_options_of(overrides))))
         near = difflib.get_close_matches(key, known, n=1)
         hint = (
             f"did you mean {near[0]}?"
@@ -392,6 +392,8 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         )
         if key in known:
             return f"{key}: {text}"
+        if having := _options_with(section, key):
+            return f"{key} has no effect as it is: choose one of {', '.join(f'{section}={name}' for name in having)}"
         return f"unknown key {key}: {hint}"
     match = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if match:
@@ -399,6 +401,18 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         return f"{group}={option} is not an option: choose one of {', '.join(options)}"
     return text
+
+
+def _options_of(overrides: Sequence[str]) -> list[str]:
+    """The words that choose an option of a group, such as lte=heads, which brings keys of its own."""
+    pairs = [word.split("=", maxsplit=1) for word in overrides if "=" in word]
+    return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
+
+
+def _options_with(group: str, key: str) -> list[str]:
+    """The options of a group that have a key."""
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return [name for name in names if key in keys_of(OmegaConf.to_container(composed([f"{group}={name}"])))]
 
 
 def _typed_message(error: OmegaConfBaseException, tree: DictConfig) -> str:

@@ -79,6 +79,8 @@ def test_the_help_names_every_key():
 @pytest.mark.parametrize(("overrides", "message"), [
     (["relora.evry=5"], "unknown key relora.evry: did you mean relora.every"),
     (["+relora.evry=5"], "relora.evry"),
+    (["lte=heads", "lte.sync_evry=5"], "unknown key lte.sync_evry: did you mean lte.sync_every"),
+    (["lte.heads=4"], "lte.heads has no effect as it is: choose one of lte=elastic, lte=heads, lte=heads_relora"),
     (["optimiser.lr=1"], "unknown key optimiser.lr: did you mean optimizer.lr"),
     (["schedule=cosinus"], "schedule=cosinus is not an option: choose one of constant, cosine, linear, wsd"),
     (["lora.rank=many"], "lora.rank"),
