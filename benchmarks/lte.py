@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.lte_costs import FLOPS, LINK, Spending, spending
 from benchmarks.lte_methods import FULL, QUICK, Cell, Family, Study, cells, families, reference
-from benchmarks.lte_picture import draw_cross, draw_curves
+from benchmarks.lte_picture import draw_curves, draw_grid
 from benchmarks.outcome import Document, document, markdown, write_document
 from benchmarks.quality import next_rate
 from benchmarks.runs import Result, read_result, run_all
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a minute's worth that only shows that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves there (png)")
-    parser.add_argument("--cross", type=Path, metavar="FILE", help="draw the final losses there (png)")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="draw the final losses there (png)")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="where the runs live; those done are kept")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: cores)")
     parser.add_argument("--apart", action="store_true", help="a process for each head, rather than one for all")
@@ -166,8 +166,8 @@ def _command(options: argparse.Namespace) -> int:
         write_document(options.json, outcome)
     if options.picture:
         draw_curves(outcome, options.picture)
-    if options.cross:
-        draw_cross(outcome, options.cross)
+    if options.grid:
+        draw_grid(outcome, options.grid)
     return exits.DONE
 
 

@@ -37,9 +37,8 @@ class Study:
     """Numbers of heads, or of replicas."""
     rhythms: tuple[int, ...]
     """Steps between syncs."""
-    middle: tuple[int, int]
-    """The number of machines at which all rhythms run, and the rhythm at which all numbers do: a cross, no grid. Where
-    they meet, learning rates are chosen."""
+    reference: tuple[int, int]
+    """Number of heads, and steps between syncs, of the cell in which the learning rates of heads are chosen."""
     rates: dict[Family, tuple[float, ...]]
     """Learning rates that are tried first, each twice the one before."""
     extensions: int
@@ -55,7 +54,7 @@ FULL = Study(
     rewarm=10,
     machines=(2, 4, 8),
     rhythms=(1, 10, 50),
-    middle=(4, 10),
+    reference=(4, 10),
     rates={
         Family.ddp: (0.002, 0.004),
         Family.relora: (0.004, 0.008),
@@ -86,7 +85,7 @@ QUICK = replace(
     rewarm=1,
     machines=(2,),
     rhythms=(4,),
-    middle=(2, 4),
+    reference=(2, 4),
     rates={family: rates[:1] for family, rates in FULL.rates.items()},
     extensions=0,
     overrides=(
@@ -158,12 +157,10 @@ class Cell:
 def cells(study: Study) -> list[Cell]:
     """All cells of a study, in the order of its tables."""
     found = []
-    middle, usual = study.middle
-    pairs = [(machines, every) for machines in study.machines for every in study.rhythms]
-    cross = [(machines, every) for machines, every in pairs if machines == middle or every == usual]
+    grid = [(machines, every) for machines in study.machines for every in study.rhythms]
     for family in Family:
         if family.has_heads:
-            found += [Cell(family=family, machines=machines, every=every) for machines, every in cross]
+            found += [Cell(family=family, machines=machines, every=every) for machines, every in grid]
         else:
             found.append(Cell(family=family, machines=1, every=1))
     return found
@@ -171,7 +168,7 @@ def cells(study: Study) -> list[Cell]:
 
 def reference(study: Study, family: Family) -> Cell:
     """The cell by which a family's learning rate is chosen."""
-    machines, every = study.middle if family.has_heads else (1, 1)
+    machines, every = study.reference if family.has_heads else (1, 1)
     return Cell(family=family, machines=machines, every=every)
 
 

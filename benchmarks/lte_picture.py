@@ -23,8 +23,8 @@ _STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def draw_curves(study: Document, path: Path) -> None:
-    """Loss against tokens, bytes and time, for the number of machines in the middle."""
-    machines, _ = study["settings"]["middle"]
+    """Loss against tokens, bytes and time, for the number of machines at which rates were chosen."""
+    machines, _ = study["settings"]["reference"]
     rows = [row for row in study["rows"] if row["machines"] == machines]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 5.2), layout="constrained")
@@ -48,29 +48,26 @@ def draw_curves(study: Document, path: Path) -> None:
         _save(figure, path)
 
 
-def draw_cross(study: Document, path: Path) -> None:
-    """The final loss over the number of steps between syncs, and over the number of heads."""
-    machines, every = study["settings"]["middle"]
+def draw_grid(study: Document, path: Path) -> None:
+    """The final loss over the number of heads, a panel for each number of steps between syncs."""
+    rhythms = study["settings"]["rhythms"]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        wanted = (
-            ("every", "machines", machines, f"steps between syncs of {machines} heads"),
-            ("machines", "every", every, f"heads that sync every {every} steps"),
-        )
-        for axes, (over, fixed, value, title) in zip(panels, wanted, strict=True):
+        figure = Figure(figsize=(4.2 * len(rhythms) + 1, 4.4), layout="constrained")
+        panels = figure.subplots(1, len(rhythms), sharey=True, squeeze=False)[0]
+        for axes, every in zip(panels, rhythms, strict=True):
             for family, colour in _COLOURS.items():
                 rows = [row for row in study["rows"] if row["method"] == family]
                 if not Family(family).has_heads:
                     axes.axhline(rows[0]["val_loss"], color=colour, linestyle="--", linewidth=1.2, label=family)
                     continue
-                points = sorted((row[over], row["val_loss"]) for row in rows if row[fixed] == value)
+                points = sorted((row["machines"], row["val_loss"]) for row in rows if row["every"] == every)
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=family)
-            places = sorted({row[over] for row in study["rows"] if Family(row["method"]).has_heads})
+            places = study["settings"]["machines"]
             axes.set_xscale("log")
             axes.set_xticks(places, [str(place) for place in places])
             axes.set_xticks([], minor=True)
-            axes.set_xlabel(title)
+            axes.set_xlabel("heads")
+            axes.set_title(f"a sync every {every} steps" if every > 1 else "a sync after every step")
             axes.grid(axis="y", color="0.93")
         panels[0].set_ylabel("final validation loss (nats per byte)")
         handles, labels = panels[0].get_legend_handles_labels()

@@ -52,7 +52,7 @@ class Study:
 
 FULL = Study(
     steps=60,
-    turns=1,
+    turns=2,
     megabits=20,
     latency=0.02,
     rank=8,
@@ -71,7 +71,7 @@ FULL = Study(
 QUICK = replace(
     FULL,
     steps=4,
-    turns=1,
+    turns=2,
     megabits=100,
     latency=0.002,
     rank=2,

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import lte, two_sites
 from benchmarks.lte_costs import LINK, Spending, spending
 from benchmarks.lte_methods import QUICK, Family, cells
-from benchmarks.lte_picture import draw_cross, draw_curves
+from benchmarks.lte_picture import draw_curves, draw_grid
 from benchmarks.outcome import read_document
 from benchmarks.quality_methods import trainable_parameters
 from benchmarks.runs import Result
@@ -116,7 +116,7 @@ def test_rows_and_tables_are_of_all_cells(found):
 
 def test_pictures_are_drawn_from_the_document(found, tmp_path):
     outcome = json.loads(json.dumps(lte.results(QUICK, found)))
-    for draw in (draw_cross, draw_curves):
+    for draw in (draw_grid, draw_curves):
         draw(outcome, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
