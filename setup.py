@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["relora", "parallel", "continual", "launch"]
+PACKAGES = ["relora", "parallel", "continual", "continual.methods", "launch"]
 
 setup(
     name="accrete",

@@ -155,4 +155,4 @@ def _share(shape: Shape, axis: Axis) -> Batch:
     tokens = torch.randint(_BYTES, (shape.batch, shape.sequence), generator=generator)
     share = shape.batch // axis.size
     mine = tokens[axis.index * share :][:share]
-    return Batch(input_ids=mine, labels=mine)
+    return Batch(inputs={"input_ids": mine}, labels=mine)

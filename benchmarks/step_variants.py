@@ -119,7 +119,7 @@ def _config(shape: Shape, *, low_rank: bool) -> TrainConfig:
 def _batch(shape: Shape) -> Batch:
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(_BYTES, (shape.batch, shape.sequence), generator=generator)
-    return Batch(input_ids=tokens, labels=tokens)
+    return Batch(inputs={"input_ids": tokens}, labels=tokens)
 
 
 def _hf_config(config: TrainConfig) -> PretrainedConfig:
@@ -155,7 +155,7 @@ def _engine_variant(shape: Shape, runtime: Runtime, *, low_rank: bool) -> Varian
 
 def _in_engine(phase: Phase, config: TrainConfig, batch: Batch, runtime: Runtime, flops: int) -> Variant:
     engine = make_engine(phase, config, runtime)
-    model, size = engine.model, len(batch.input_ids)
+    model, size = engine.model, len(batch)
 
     def step() -> None:
         float(accumulate(engine, batch, targets=[batch.targets], microbatch_size=size, device=runtime.device))

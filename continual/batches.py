@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,39 +12,88 @@ from continual.order import Indices, groups, key_of, permute, sample_at
 from continual.pack import Counts
 from continual.tokens import TokenStream
 
+_SOURCE = 1 << 40
+"""More than any source has sequences: an identity is the source times this plus the index in it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Sequences in the convention of transformers: a model shifts the labels itself.
+    """Samples in the form that a model of transformers takes, B of them."""
 
-    Shapes: all (B, T), int64
-    """
-
-    input_ids: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    """The model's arguments by name, such as input_ids, position_ids or pixel_values. Shapes: (B, ...)"""
     labels: torch.Tensor
-    position_ids: torch.Tensor | None = None
+    """Shapes: (B, T), next tokens, which the loss shifts, and -100 where there is no target; or (B,), classes."""
+    classes: torch.Tensor | None = None
+    """Which classes compete for each sample; None: all. Shapes: (B, C), bool"""
+    even: bool = True
+    """Whether every sample of the run has as many targets as every other."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def targets(self) -> int:
-        """Tokens that the loss counts."""
-        return int((self.labels[:, 1:] != -100).sum())
+        """Labels that the loss counts."""
+        counted = self.labels if self.labels.ndim == 1 else self.labels[:, 1:]
+        return int((counted != -100).sum())
+
+    def rows(self, index: torch.Tensor) -> "Batch":
+        """Some of the samples, in the order of the index."""
+        return Batch(
+            inputs={name: value[index] for name, value in self.inputs.items()},
+            labels=self.labels[index],
+            classes=None if self.classes is None else self.classes[index],
+            even=self.even,
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
-        places = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(input_ids=self.input_ids.to(device), labels=self.labels.to(device), position_ids=places)
+        return Batch(
+            inputs={name: value.to(device) for name, value in self.inputs.items()},
+            labels=self.labels.to(device),
+            classes=None if self.classes is None else self.classes.to(device),
+            even=self.even,
+        )
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """The sequences of several batches as one."""
+    """The samples of several batches as one; all have the same inputs."""
     if len(batches) == 1:
         return batches[0]
-    places = [batch.position_ids for batch in batches if batch.position_ids is not None]
+    classes = [batch.classes for batch in batches if batch.classes is not None]
     return Batch(
-        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        inputs={name: torch.cat([batch.inputs[name] for batch in batches]) for name in batches[0].inputs},
         labels=torch.cat([batch.labels for batch in batches]),
-        position_ids=torch.cat(places) if places else None,
+        classes=torch.cat(classes) if classes else None,
+        even=all(batch.even for batch in batches),
     )
+
+
+class Samples(Protocol):
+    """What a task trains on: distinct samples, served without end in an order that a position tells."""
+
+    def __len__(self) -> int:
+        """Distinct samples: those of an epoch."""
+
+    def identities(self, position: int, count: int) -> Indices:
+        """Which samples are served at `position` and after it."""
+
+    def at(self, identities: Indices) -> Batch:
+        """These samples."""
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The samples at `position` and after it."""
+
+
+class HeldOut(Protocol):
+    """What a model is measured on: samples once each, of which any first ones are a fair share."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The samples at `position` and after it; fewer at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,14 +122,25 @@ class Train:
     seed: int
     document_mask: bool
 
-    def batch(self, position: int, count: int) -> Batch:
-        """The sequences at `position` and after it; the position counts all sequences of the run before them."""
+    def __len__(self) -> int:
+        return sum(len(source) for source in self.sources)
+
+    def identities(self, position: int, count: int) -> Indices:
+        """Which sequences are at `position` and after it; the position counts all sequences before them."""
         source, served = self.mixture.locate(np.arange(position, position + count))
         index = np.empty_like(served)
         for number, chosen in groups(source):
             size = len(self.sources[number])
             index[chosen] = sample_at(served[chosen], size, seed=self.seed, stream=number)
-        return _batch(self.sources, source, index, self.document_mask)
+        return source * _SOURCE + index
+
+    def at(self, identities: Indices) -> Batch:
+        """These sequences."""
+        return _batch(self.sources, identities // _SOURCE, identities % _SOURCE, self.document_mask)
+
+    def batch(self, position: int, count: int) -> Batch:
+        """The sequences at `position` and after it."""
+        return self.at(self.identities(position, count))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +194,7 @@ def _batch(sources: list[SourceStream], source: Indices, index: Indices, documen
             places[chosen] = sources[number].stream.places(index[chosen])
     # A document's first token is not to be predicted from the one before.
     labels = tokens.copy() if places is None else np.where(places == 0, -100, tokens)
-    return Batch(
-        input_ids=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        position_ids=None if places is None else torch.from_numpy(places),
-    )
+    inputs = {"input_ids": torch.from_numpy(tokens)}
+    if places is not None:
+        inputs["position_ids"] = torch.from_numpy(places)
+    return Batch(inputs=inputs, labels=torch.from_numpy(labels), even=not document_mask)

@@ -182,7 +182,7 @@ def _targets(run: Run, batch: Batch) -> list[int]:
     """Targets of each head's share of the global batch; without documents to tell apart, all shares have as many."""
     axis = run.runtime.data
     own = [one.targets for one in apart(batch, len(run.heads))]
-    if batch.position_ids is None:
+    if batch.even:
         return [count * axis.size for count in own]
     targets: list[int] = sum_over(axis, torch.tensor(own, device=run.runtime.device)).tolist()
     return targets

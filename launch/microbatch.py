@@ -84,7 +84,8 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     removed = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in parameters]
     ids = torch.zeros(sequences, length, dtype=torch.int64, device=parameters[0].device)
-    batch = Batch(input_ids=ids, labels=ids, position_ids=ids if packed else None)
+    inputs = {"input_ids": ids, "position_ids": ids} if packed else {"input_ids": ids}
+    batch = Batch(inputs=inputs, labels=ids)
     marks: dict[str, int] = {}
     with counted_collectives() as tally, Ledger([*model.parameters(), *model.buffers(), ids]) as ledger:
 

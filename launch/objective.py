@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from continual.data import Batch, Validation
+from continual.batches import Batch, HeldOut, joined
 from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
@@ -36,7 +36,7 @@ def head_losses(
     Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
     """
     here = batch.to(device)
-    output = (run or model)(input_ids=here.input_ids, position_ids=here.position_ids, use_cache=False)
+    output = (run or model)(**here.inputs, use_cache=False)
     pairs = zip(output.logits[:, :-1].chunk(heads), here.labels[:, 1:].chunk(heads), strict=True)
     return [summed_cross_entropy(model, logits.flatten(0, 1), labels.flatten()) for logits, labels in pairs]
 
@@ -63,45 +63,33 @@ def accumulate(
 
 def microbatches(batch: Batch, size: int, *, heads: int = 1) -> Iterator[Batch]:
     """The batch in parts of `size` sequences of each of so many equal runs."""
-    share = len(batch.input_ids) // heads
+    share = len(batch) // heads
     for start in range(0, share, size):
-        rows = torch.arange(len(batch.input_ids)).view(heads, share)[:, start : start + size].flatten()
-        yield _rows(batch, rows)
+        yield batch.rows(torch.arange(len(batch)).view(heads, share)[:, start : start + size].flatten())
 
 
 def apart(batch: Batch, heads: int) -> list[Batch]:
     """The batch as so many equal runs of sequences."""
-    return [_rows(batch, rows) for rows in torch.arange(len(batch.input_ids)).chunk(heads)]
-
-
-def _rows(batch: Batch, rows: Tensor) -> Batch:
-    places = None if batch.position_ids is None else batch.position_ids[rows]
-    return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows], position_ids=places)
+    return [batch.rows(rows) for rows in torch.arange(len(batch)).chunk(heads)]
 
 
 def side_by_side(batches: Sequence[Batch], heads: int) -> Batch:
     """One batch for each of LTE's heads in this process; gaps are filled with sequences without targets."""
     if heads == 1:
         return batches[0]
-    size = max(len(one.input_ids) for one in batches)
-    parts = [_filled(one, size, len(one.input_ids)) for one in batches]
-    parts += [_filled(batches[0], size, 0)] * (heads - len(parts))
-    places = [one.position_ids for one in parts if one.position_ids is not None]
-    return Batch(
-        input_ids=torch.cat([one.input_ids for one in parts]),
-        labels=torch.cat([one.labels for one in parts]),
-        position_ids=torch.cat(places) if places else None,
-    )
+    size = max(len(one) for one in batches)
+    parts = [_filled(one, size, len(one)) for one in batches]
+    return joined([*parts, *[_filled(batches[0], size, 0)] * (heads - len(parts))])
 
 
 def _filled(batch: Batch, size: int, kept: int) -> Batch:
     """A batch of `size` sequences, of which those from `kept` on have no targets."""
-    more = _rows(batch, torch.arange(size).clamp(max=len(batch.input_ids) - 1))
+    more = batch.rows(torch.arange(size).clamp(max=len(batch) - 1))
     more.labels[kept:] = IGNORED
     return more
 
 
-def validation_batches(validation: Validation, *, sequences: int | None, size: int) -> Iterator[Batch]:
+def validation_batches(validation: HeldOut, *, sequences: int | None, size: int) -> Iterator[Batch]:
     """The first `sequences` of validation (None: all), `size` at a time."""
     end = len(validation) if sequences is None else min(sequences, len(validation))
     for start in range(0, end, size):

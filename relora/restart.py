@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from relora.optimizer import Moments, Reset, clear_moments, kept, prune_moments
 from relora.precision import MergePrecision
 
 _PRUNING = (Reset.magnitude, Reset.random)
+
+Draw = Callable[[str, Sequence[int], int], Tensor | None]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -208,12 +210,15 @@ def restart(
     restart_index: int,
     heads: Sequence[int] = (0,),
     merged: bool = False,
+    draw: Draw | None = None,
 ) -> RestartReport:
     """Merge, redraw and reset every low-rank layer; the model's function is the same before and after.
 
     Args:
         heads: whose factors this process holds; of several, stacked.
         merged: whether the base weights have taken the factors up already, by a sync.
+        draw: what gives a layer its new `down`, from its name, the shape and the restart's index; at random where it
+            gives None.
 
     Raises: ConfigError when a pruning reset removed nothing from the state there was.
     """
@@ -232,9 +237,8 @@ def restart(
             sums[0] += layer.delta_norm(down, up) ** 2 / base.layer_replicas
             sums[2] += layer.merge_(config.merge_precision, down, up, key, base) / base.replicas
         shape = store.shape(layer.down)
-        rank, inputs = shape[-2:]
-        fresh = [draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=restart_index) for head in heads]
-        store.write(layer.down, torch.stack(fresh).view(shape))
+        given = None if draw is None else draw(name, shape, restart_index)
+        store.write(layer.down, _drawn(name, shape, seed, heads, restart_index) if given is None else given)
         store.write(layer.up, torch.zeros(()).expand(store.shape(layer.up)))
         pruned, of = _reset_layer(name, layer, config, store, seed=seed, heads=heads, restart_index=restart_index)
         removed, state_entries = removed + pruned, state_entries + of
@@ -253,6 +257,12 @@ def restart(
         pruned_share=removed / max(1, state_entries),
         seconds=time.perf_counter() - began,
     )
+
+
+def _drawn(name: str, shape: Sequence[int], seed: int, heads: Sequence[int], restart_index: int) -> Tensor:
+    rank, inputs = shape[-2:]
+    each = [draw_down(name, (rank, inputs), seed=seed, head=head, restart_index=restart_index) for head in heads]
+    return torch.stack(each).view(*shape)
 
 
 def _reset_layer(

@@ -1,4 +1,3 @@
-import dataclasses
 import os
 from pathlib import Path
 
@@ -39,8 +38,10 @@ def configure(tmp_path, sources):
 
 
 def same(one, two):
-    pairs = zip(dataclasses.astuple(one), dataclasses.astuple(two), strict=True)
-    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+    assert one.inputs.keys() == two.inputs.keys()
+    return torch.equal(one.labels, two.labels) and all(
+        torch.equal(one.inputs[key], two.inputs[key]) for key in one.inputs
+    )
 
 
 def test_batches_do_not_depend_on_how_positions_are_split(configure):
@@ -48,7 +49,7 @@ def test_batches_do_not_depend_on_how_positions_are_split(configure):
     whole = train.batch(1000, 64)
     for count in (1, 7, 32):
         pieces = [train.batch(at, min(count, 1064 - at)) for at in range(1000, 1064, count)]
-        assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), whole.input_ids)
+        assert torch.equal(torch.cat([piece.inputs["input_ids"] for piece in pieces]), whole.inputs["input_ids"])
 
 
 def test_opening_again_gives_the_same_batches_and_fingerprint(configure):
@@ -60,7 +61,7 @@ def test_opening_again_gives_the_same_batches_and_fingerprint(configure):
 def test_an_epoch_of_a_source_holds_each_of_its_sequences_once(configure, sources):
     train = open_data(configure(path=sources[0]), seed=0).train
     count = len(train.sources[0])
-    epochs = [train.batch(epoch * count, count).input_ids for epoch in range(2)]
+    epochs = [train.batch(epoch * count, count).inputs["input_ids"] for epoch in range(2)]
     everything = train.sources[0].stream.windows(np.arange(count))
     for epoch in epochs:
         assert sorted(epoch.tolist()) == sorted(everything.tolist())
@@ -71,7 +72,7 @@ def test_sources_of_one_size_go_in_orders_of_their_own(configure, sources):
     pair = [{"path": sources[1], "weight": 1}] * 2
     data = open_data(configure(path=pair, validation_fraction=0.0), seed=0)
     source, _ = data.train.mixture.locate(np.arange(100))
-    tokens = data.train.batch(0, 100).input_ids
+    tokens = data.train.batch(0, 100).inputs["input_ids"]
     one, two = (tokens[torch.from_numpy(source == number)][:20] for number in (0, 1))
     assert not torch.equal(one, two)
 
@@ -84,7 +85,7 @@ def test_sources_are_mixed_by_weight_or_by_size(configure, sources):
         (by_size, len(by_size.train.sources[1]) / sum(map(len, by_size.train.sources))),
         (by_weight, 0.75),
     ):
-        letters = data.train.batch(0, BLOCK).input_ids
+        letters = data.train.batch(0, BLOCK).inputs["input_ids"]
         small = ((letters == ord("b")).sum(1) > (letters == ord("a")).sum(1)).float().mean()
         assert abs(float(small) - share) < 2 / BLOCK
         row = data.describe(10 * BLOCK)[1]
@@ -119,23 +120,23 @@ def test_fingerprint_and_order_do_not_depend_on_places(configure, sources, tmp_p
 
 def test_without_a_mask_labels_are_the_tokens(configure):
     batch = open_data(configure(), seed=0).train.batch(0, 8)
-    assert torch.equal(batch.labels, batch.input_ids)
-    assert batch.position_ids is None
+    assert torch.equal(batch.labels, batch.inputs["input_ids"])
+    assert "position_ids" not in batch.inputs
     assert batch.targets == 8 * 15
-    assert {batch.input_ids.dtype, batch.labels.dtype} == {torch.int64}
+    assert {batch.inputs["input_ids"].dtype, batch.labels.dtype} == {torch.int64}
 
 
 def test_with_a_mask_no_document_predicts_the_next(configure):
     batch = open_data(configure(document_mask=True), seed=0).train.batch(0, 200)
-    begins = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    begins[:, 1:] = batch.input_ids[:, :-1] == 256
+    begins = torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
+    begins[:, 1:] = batch.inputs["input_ids"][:, :-1] == 256
     assert begins.any()
     assert (batch.labels[begins] == -100).all()
-    assert (batch.position_ids[begins] == 0).all()
+    assert (batch.inputs["position_ids"][begins] == 0).all()
     after = ~begins
     after[:, 0] = False
-    assert torch.equal(batch.labels[after], batch.input_ids[after])
-    assert (batch.position_ids[:, 1:] - batch.position_ids[:, :-1])[after[:, 1:]].eq(1).all()
+    assert torch.equal(batch.labels[after], batch.inputs["input_ids"][after])
+    assert (batch.inputs["position_ids"][:, 1:] - batch.inputs["position_ids"][:, :-1])[after[:, 1:]].eq(1).all()
     assert batch.targets == int(after.sum())
 
 
@@ -147,10 +148,12 @@ def test_with_a_mask_a_document_is_read_as_if_it_stood_alone(configure):
     )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        packed = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        begin = int((batch.position_ids[0] == 0).nonzero()[1])
-        end = next((at for at in range(begin + 1, 100) if batch.position_ids[0, at] == 0), 100)
-        alone = model(input_ids=batch.input_ids[:1, begin:end], use_cache=False).logits
+        packed = model(
+            input_ids=batch.inputs["input_ids"], position_ids=batch.inputs["position_ids"], use_cache=False
+        ).logits
+        begin = int((batch.inputs["position_ids"][0] == 0).nonzero()[1])
+        end = next((at for at in range(begin + 1, 100) if batch.inputs["position_ids"][0, at] == 0), 100)
+        alone = model(input_ids=batch.inputs["input_ids"][:1, begin:end], use_cache=False).logits
     assert 0 < begin < end - 1
     torch.testing.assert_close(packed[:1, begin:end], alone, atol=1e-5, rtol=1e-4)
 
@@ -164,7 +167,7 @@ def test_validation_is_whole_and_the_same_for_every_seed(configure):
     assert count == sum(len(source) for source in one.validation.sources)
     assert same(one.validation.batch(0, count), two.validation.batch(0, count))
     assert len(set(zip(one.validation.source.tolist(), one.validation.index.tolist(), strict=True))) == count
-    assert len(one.validation.batch(count - 3, 10).input_ids) == 3
+    assert len(one.validation.batch(count - 3, 10)) == 3
 
 
 def test_the_first_validation_sequences_are_a_fair_mix(configure, sources):
@@ -179,7 +182,7 @@ def test_validation_is_there_for_each_source(configure):
     by_source = open_data(configure(validation_fraction=0.3), seed=0).validation.by_source
     assert list(by_source) == ["large", "small"]
     for label, letter in (("large", "a"), ("small", "b")):
-        tokens = by_source[label].batch(0, 1000).input_ids
+        tokens = by_source[label].batch(0, 1000).inputs["input_ids"]
         assert len(tokens) == len(by_source[label])
         assert (tokens == ord(letter)).any()
         assert not (tokens == ord({"a": "b", "b": "a"}[letter])).any()
@@ -218,7 +221,7 @@ def test_any_tokenizer_goes_with_the_data(configure, name, tmp_path):
         name = str(tmp_path / "tokenizer")
     data = open_data(configure(tokenizer=name, path="python_reference", sequence_length=64), seed=0)
     assert data.vocab_size == len(data.tokenizer)
-    tokens = data.train.batch(0, 4).input_ids
+    tokens = data.train.batch(0, 4).inputs["input_ids"]
     assert tokens.max() < data.vocab_size
     assert len(data.tokenizer.decode(tokens[0]).split()) > 3
 
@@ -265,7 +268,7 @@ def test_damaged_tokens_are_refused_by_name(configure, tmp_path):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ConfigError, match=r"data\.cache: .*large-.*/train is damaged .* delete .*large-"):
         open_data(configure(), seed=0)
-    assert data.train.batch(0, 1).input_ids.shape == (1, 16)
+    assert data.train.batch(0, 1).inputs["input_ids"].shape == (1, 16)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def measured(runtime, words, tensor):
         phase = make_phase(config, hf_config, step=0, fresh=True, tensor=tensor)
         engine = make_engine(phase, config, meshed)
         ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
-        batch = Batch(input_ids=ids, labels=ids)
+        batch = Batch(inputs={"input_ids": ids}, labels=ids)
         before[ids.untyped_storage().data_ptr()] = ids
         microbatches = config.training.global_batch_size // meshed.data.size // SEQUENCES
 
@@ -192,7 +192,7 @@ def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, ch
         assert getattr(plan, part) == pytest.approx(getattr(real, part), rel=0.01), part
     assert (plan.forward_flops, plan.backward_flops) == (real.forward_flops, real.backward_flops)
     ids = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
-    batch = Batch(input_ids=ids, labels=ids)
+    batch = Batch(inputs={"input_ids": ids}, labels=ids)
     counted = count_step_flops(lambda: summed_loss(model, batch, ids.device).backward())
     assert plan.forward_flops + plan.backward_flops == counted
 

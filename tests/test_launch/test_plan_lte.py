@@ -43,7 +43,7 @@ def measured(runtime, words, tensor):
             engine.share_dense(DenseGradients(others, alike=engine.store.masters_alike))
         syncs = HeadSync(engine.model, lte, engine.store, others, seed=0, scale=config.lora.scale)
         ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH))
-        batch = Batch(input_ids=ids, labels=ids)
+        batch = Batch(inputs={"input_ids": ids}, labels=ids)
         before[ids.untyped_storage().data_ptr()] = ids
         said = [1.0] * WORDS
 

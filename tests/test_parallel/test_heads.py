@@ -276,7 +276,7 @@ def _together(world, heads, settings):
         losses, syncs_done, count = [], 0, len(others.hosted)
         for step in range(1, STEPS + 1):
             ids = torch.cat([_batches(head)[step - 1] for head in others.hosted])
-            batch = Batch(input_ids=ids, labels=ids)
+            batch = Batch(inputs={"input_ids": ids}, labels=ids)
             targets = [batch.targets // count] * count
             part = accumulate(engine, batch, targets=targets, microbatch_size=SEQUENCES, device=runtime.device)
             losses.append(part.tolist())

@@ -61,12 +61,12 @@ def _batch(step):
     ids = torch.randint(0, VOCABULARY, (HEADS * SHARE, LENGTH), generator=torch.Generator().manual_seed(step))
     labels = ids.clone()
     labels[ids % 7 == 0] = -100
-    return Batch(input_ids=ids, labels=labels)
+    return Batch(inputs={"input_ids": ids}, labels=labels)
 
 
 def _of_head(batch, head):
     rows = slice(head * SHARE, (head + 1) * SHARE)
-    return Batch(input_ids=batch.input_ids[rows], labels=batch.labels[rows])
+    return batch.rows(rows)
 
 
 def _steps(runtime, engine, heads, steps, refuse=()):
@@ -165,10 +165,10 @@ def test_heads_take_turns_at_validation_and_count_nothing_twice(runtime):
     _steps(runtime, together, range(HEADS), range(2))
     engines = [_alone(runtime, head, torch.float32) for head in range(HEADS)]
     batches = [_of_head(_batch(step), 0) for step in range(HEADS + 2)]
-    batches[-1] = Batch(input_ids=batches[-1].input_ids[:1], labels=batches[-1].labels[:1])
+    batches[-1] = batches[-1].rows(torch.arange(1))
     both = side_by_side(batches[-2:], HEADS)
     assert both.targets == batches[-2].targets + batches[-1].targets
-    assert len(both.input_ids) == HEADS * SHARE
+    assert len(both) == HEADS * SHARE
     sums = 0.0
     for head, engine in enumerate(engines):
         engine.store.load(_reading(together.store.held(head)))

@@ -1,0 +1,1 @@
+"""Methods of continual training, one a file, over the protocol in continual/method.py."""
