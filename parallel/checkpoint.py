@@ -6,6 +6,7 @@ files is in parallel/parts.py, and how all processes write a checkpoint together
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,10 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def prune_checkpoints(root: Path, *, keep: int, best: str | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best, and what interrupted writes left behind."""
+def prune_checkpoints(root: Path, *, keep: int, kept: Collection[str]) -> None:
+    """Remove all but the newest `keep` checkpoints and those named, and what interrupted writes left behind."""
     for folder in list_checkpoints(root)[keep:]:
-        if folder.name != best:
+        if folder.name not in kept:
             folder.rename(root / f".{folder.name}.removed")  # none is ever seen half removed
     remove_partial(root)
 

@@ -7,7 +7,7 @@ through parallel/tensor_layers.py.
 import itertools
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +44,25 @@ def broadcast_object(runtime: Runtime, value: T | None) -> T:
         dist.broadcast_object_list(box, src=0, group=runtime.control)
     result: T = box[0]
     return result
+
+
+def share_work(runtime: Runtime, names: Sequence[str], work: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a piece of work gives for each name, made by one process and given to all; on the CPU where it was sent."""
+    if runtime.control is None:
+        return {name: work(name) for name in names}
+    mine = {
+        name: work(name).cpu().contiguous()
+        for number, name in enumerate(names)
+        if number % runtime.world_size == runtime.process_rank
+    }
+    kinds = gather_objects(runtime, {name: (tuple(value.shape), value.dtype) for name, value in mine.items()})
+    results = {}
+    for number, name in enumerate(names):
+        owner = number % runtime.world_size
+        shape, dtype = kinds[owner][name]
+        results[name] = mine[name] if owner == runtime.process_rank else torch.empty(shape, dtype=dtype)
+        dist.broadcast(results[name], src=owner, group=runtime.control)
+    return results
 
 
 def on_main(runtime: Runtime, task: Callable[[], T]) -> T:

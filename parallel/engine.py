@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -106,6 +106,7 @@ class Engine:
         self._optimizer.gate = self._may_update
         self._admit: Callable[[float], str | None] | None = None
         self._result: StepResult | None = None
+        self._taken: dict[nn.Parameter, Tensor] | None = None
         settings = deepspeed_config(
             parallel,
             bf16=bf16,
@@ -119,10 +120,11 @@ class Engine:
         # At stage 0 DeepSpeed sees a data axis of one process, and the sum over the real one is made here.
         self._engine.enable_backward_allreduce = self._stage > 0
         self.model = model
+        self._places = trainable_places(self._optimizer, self._engine.optimizer, members)
         self.store = Shards(
             model,
             self._optimizer,
-            trainable_places(self._optimizer, self._engine.optimizer, members),
+            self._places,
             runtime=runtime,
             regions=regions,
             spread=self._stage > 0 and runtime.data.size > 1,
@@ -163,10 +165,53 @@ class Engine:
         self._admit = None
         return self._result
 
+    def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add to the gradients of the step in progress, on all processes alike.
+
+        Shapes: those of the parameters as tensor parallelism leaves them here
+        """
+        if not gradients:
+            return
+        with self._gathered(list(gradients)):
+            # The loss whose gradient they are: so they go the way of all gradients, whatever the stage does with it.
+            products = [(parameter * gradient.to(parameter)).sum() for parameter, gradient in gradients.items()]
+            self.backward(torch.stack(products).sum() / self._runtime.data.size)
+
+    def take_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """This process's part of the gradients, summed over the data axis, as `store.master` has masters; cleared then.
+
+        Nothing is updated.
+        """
+        self._taken = {}
+        result = self.step(0.0, lambda norm: "the gradients were taken")
+        taken, self._taken = self._taken, None
+        # DeepSpeed has clipped already, by its own rule.
+        clipped = self._optimizer is not self._engine.optimizer and self._max_grad_norm > 0
+        factor = max(1.0, (result.grad_norm + 1e-6) / self._max_grad_norm) if clipped else 1.0
+        return {
+            parameter: taken[parameter].mul_(factor) if parameter in taken else place.owner.new_zeros(place.count)
+            for parameter, place in self._places.items()
+        }
+
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Whole parameters, where stage 3 has cut them."""
+        if self._stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[Any] = importlib.import_module("deepspeed").zero.GatheredParameters(parameters)
+        return gathered
+
+    def _take(self) -> None:
+        assert self._taken is not None
+        for parameter, place in self._places.items():
+            if place.owner.grad is not None and parameter not in self._taken:
+                self._taken[parameter] = place.of(place.owner.grad).float().clone()
+
     def _may_update(self) -> bool:
         """Decide once for a step; stage 3 asks for each of its groups, and its set-up before any step."""
         if self._admit is None:
             return False
+        if self._taken is not None:
+            self._take()
         if self._result is None:
             norm = self._norm_and_clip()
             refused = self._admit(norm)
@@ -181,7 +226,7 @@ class Engine:
             return norm if norm >= 0 else float("inf")  # DeepSpeed's sign of a norm that is not finite
         parameters = self._trainable()
         norm_ = _total_norm(parameters, self._runtime.tensor)
-        if self._max_grad_norm > 0:
+        if self._max_grad_norm > 0 and self._taken is None:
             nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm_)
         return float(norm_)
 

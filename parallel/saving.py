@@ -7,7 +7,7 @@ happen here only, in the thread that trains; the writing itself is in parallel/w
 import json
 import secrets
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,15 @@ class Saver:
             remove_partial(root)
         barrier(runtime)
 
-    def save(self, step: int, held: Held, state: dict[str, Any], *, best: str | None) -> None:
+    def save(
+        self, step: int, held: Held, state: dict[str, Any], *, best: str | None, kept: Collection[str] = ()
+    ) -> None:
         """Write a checkpoint, or begin to: when it is asynchronous, what is held may change after this call.
 
         Args:
             state: plain values; the main process's are written.
             best: name of the best checkpoint so far, maybe this one; it is kept if the configuration says so.
+            kept: names of others that are kept, maybe this one's.
 
         Raises:
             ConfigError: this one, or the one before, could not be written; equal on all processes.
@@ -68,7 +71,7 @@ class Saver:
             parts=self._collect(held),
             state=json.dumps(state, indent=1),
             keep=self._config.keep,
-            best=best if self._config.keep_best else None,
+            kept=frozenset(kept) | ({best} if best is not None and self._config.keep_best else set()),
         )
         self._writing = Writing(draft, self._published.append)
         self._writing.start()

@@ -194,6 +194,24 @@ class Shards:
         region = self._regions[self._names[layer.weight]].flat(part.start, exact.numel())
         return self._whole(region, exact, layer.weight, spread=is_partitioned(layer.weight))
 
+    @torch.no_grad()
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter's exact value in fp32, gathered, in the plain model's shape."""
+        start, values = self._exact(parameter)
+        region = self._region(parameter).flat(start, len(values))
+        return self._whole(region, values.float(), parameter, spread=self._spread or is_partitioned(parameter))
+
+    @torch.no_grad()
+    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Squared Frobenius norms of whole masters. Shapes: (len(parameters),), float64."""
+        axes = self._runtime
+        sums = torch.zeros(len(parameters), dtype=torch.float64, device=axes.device)
+        for number, parameter in enumerate(parameters):
+            holders = 1 if self._spread else axes.data.size
+            holders *= 1 if self._names[parameter] in self._cut else axes.tensor.size
+            sums[number] = self.master(parameter).double().square().sum() / holders
+        return sum_over(axes.model, sums)
+
     # ---- for checkpoints
 
     def has_master(self, parameter: nn.Parameter) -> bool:

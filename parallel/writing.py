@@ -61,8 +61,8 @@ class Draft:
     """The run's state as JSON; the main process's is written."""
     keep: int
     """How many of the newest checkpoints stay."""
-    best: str | None
-    """Name of another one that stays."""
+    kept: frozenset[str] = frozenset()
+    """Names of others that stay."""
 
     @property
     def partial(self) -> Path:
@@ -114,7 +114,7 @@ class Writing(threading.Thread):
         finally:
             if draft.rank == 0 and _collect(draft, files, self.abandoned):
                 self.published(draft.final.name)
-                prune_checkpoints(draft.root, keep=draft.keep, best=draft.best)
+                prune_checkpoints(draft.root, keep=draft.keep, kept=draft.kept)
 
     @property
     def outcome(self) -> Outcome | None:

@@ -100,7 +100,7 @@ def test_a_step_can_be_written_again_over_a_damaged_one(write, tmp_path):
 def test_the_newest_and_the_best_are_kept(write, tmp_path):
     for step in (1, 2, 3, 4):
         write(step)
-    prune_checkpoints(tmp_path, keep=2, best="step_00000001")
+    prune_checkpoints(tmp_path, keep=2, kept=["step_00000001"])
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_00000001", "step_00000003", "step_00000004"]
 
 
@@ -109,9 +109,9 @@ def test_a_removal_that_is_interrupted_leaves_no_half_of_a_checkpoint(write, tmp
         write(step)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-        prune_checkpoints(tmp_path, keep=1, best=None)
+        prune_checkpoints(tmp_path, keep=1, kept=[])
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002"]
-    prune_checkpoints(tmp_path, keep=1, best=None)
+    prune_checkpoints(tmp_path, keep=1, kept=[])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 

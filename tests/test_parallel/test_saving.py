@@ -302,7 +302,7 @@ def test_a_disk_too_full_for_anything_keeps_one_process_waiting_no_more(runtime,
 def test_a_part_that_never_comes_is_named_when_the_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "PATIENCE_SECONDS", 0.05)
     draft = writing.Draft(
-        root=tmp_path, step=1, token="t", rank=0, world_size=3, mode=0o600, parts={}, state="{}", keep=1, best=None
+        root=tmp_path, step=1, token="t", rank=0, world_size=3, mode=0o600, parts={}, state="{}", keep=1
     )
     thread = writing.Writing(draft, lambda name: None)
     thread.start()
