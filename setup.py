@@ -35,6 +35,8 @@ setup(
         "rich>=13.7",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "pillow>=10",
+        "scikit-learn>=1.4",
         "packaging>=23",
     ],
     extras_require={

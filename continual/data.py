@@ -4,6 +4,7 @@
 prepared tokens, so a run continues exactly on any number of processes, batch split or machine.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -41,7 +42,8 @@ class DataConfig:
     """What text a run learns from, and how it becomes sequences."""
 
     path: Any = "python_library"
-    """A source or a list of sources; a source is a name or a mapping: path weight name split revision text_field."""
+    """A source or a list of sources; a source is a name or a mapping: path weight name split revision text_field.
+    null only where the tasks of a stream name their data."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:VOCABULARY` (trained on this text), or the name or folder of a transformers tokenizer."""
     sequence_length: int = 256
@@ -62,7 +64,8 @@ class DataConfig:
     """Processes that tokenize; 0: one for each core where there is enough text."""
 
     def __post_init__(self) -> None:
-        parse_sources(self.path, "data.path")
+        if self.path is not None:
+            parse_sources(self.path, "data.path")
         if self.validation_path is not None:
             parse_sources(self.validation_path, "data.validation_path")
             if self.validation_fraction:
@@ -123,15 +126,25 @@ class Data:
         return rows
 
 
-def open_data(config: DataConfig, *, seed: int, progress: Progress | None = None) -> Data:
+def open_data(
+    config: DataConfig,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    tokenizer: Any = None,
+    keys: tuple[str, str] = ("data.path", "data.validation_path"),
+) -> Data:
     """The data of a run, prepared first where the cache does not have it.
+
+    A tokenizer may be given, if it is what config.tokenizer asks for; keys name the sources in messages.
 
     Raises: ConfigError.
     """
-    cache = _cache(config)
-    sources = parse_sources(config.path, "data.path")
-    corpora = [find_corpus(source, "data.path") for source in sources]
-    tokenizer = _tokenizer(config, sources, corpora, cache, progress)
+    cache = open_cache(config)
+    sources = parse_sources(config.path, keys[0])
+    corpora = [find_corpus(source, keys[0]) for source in sources]
+    if tokenizer is None:
+        tokenizer = open_tokenizer(config, progress, keys[0])
     encoder = encoder_of(tokenizer, config.tokenizer)
 
     def prepared_from(sources: list[Source], corpora: list[Corpus], key: str) -> list[Prepared]:
@@ -140,15 +153,14 @@ def open_data(config: DataConfig, *, seed: int, progress: Progress | None = None
             for source, corpus in zip(sources, corpora, strict=True)
         ]
 
-    prepared = prepared_from(sources, corpora, "data.path")
+    prepared = prepared_from(sources, corpora, keys[0])
     streams = _streams(prepared, "train", config)
     weights = _weights(sources, streams)
     quotas = quotas_of(weights, [stream.label for stream in streams])
     validation = None
     if config.validation_path is not None:
-        key = "data.validation_path"
-        sources = parse_sources(config.validation_path, key)
-        prepared = prepared_from(sources, [find_corpus(source, key) for source in sources], key)
+        sources = parse_sources(config.validation_path, keys[1])
+        prepared = prepared_from(sources, [find_corpus(source, keys[1]) for source in sources], keys[1])
         validation = _validation(sources, _streams(prepared, "train", config), config)
     elif config.held_out:
         validation = _validation(sources, _streams(prepared, "validation", config), config)
@@ -167,7 +179,11 @@ def open_data(config: DataConfig, *, seed: int, progress: Progress | None = None
     )
 
 
-def _cache(config: DataConfig) -> Path:
+def open_cache(config: DataConfig) -> Path:
+    """The folder of prepared tokens, made if it is not there.
+
+    Raises: ConfigError.
+    """
     cache = Path(config.cache).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -176,26 +192,44 @@ def _cache(config: DataConfig) -> Path:
     return cache
 
 
-def _tokenizer(
-    config: DataConfig, sources: list[Source], corpora: list[Corpus], cache: Path, progress: Progress | None
+def tokenizer_for(
+    config: DataConfig, texts: Callable[[], list[Iterator[str]]], digests: tuple[object, ...], progress: Progress | None
 ) -> Any:
+    """The tokenizer that config.tokenizer asks for; a BPE is trained on the texts, which their digests tell apart.
+
+    Raises: ConfigError.
+    """
     if config.tokenizer == BYTES:
         return byte_tokenizer()
     if (vocab_size := bpe_vocabulary(config.tokenizer)) is None:
         return load_tokenizer(config.tokenizer)
-    fields = [source.text_field or config.text_field for source in sources]
-    facts = (vocab_size, fields, [corpus.fingerprint() for corpus in corpora])
-    name = blake2b(repr(facts).encode(), digest_size=8).hexdigest()
-    texts = [documents_of(corpus, field) for corpus, field in zip(corpora, fields, strict=True)]
+    name = blake2b(repr((vocab_size, *digests)).encode(), digest_size=8).hexdigest()
 
     def watch(done: int) -> None:
         if progress is not None:
             progress(f"training {config.tokenizer}", done, 1)
 
+    return trained_bpe(texts(), vocab_size, open_cache(config) / f"bpe_{vocab_size}-{name}", watch)
+
+
+def open_tokenizer(config: DataConfig, progress: Progress | None = None, key: str = "data.path") -> Any:
+    """The tokenizer of a run; a BPE learns from the sources of config.path.
+
+    Raises: ConfigError.
+    """
+    sources = parse_sources(config.path, key)
+    fields = [source.text_field or config.text_field for source in sources]
+    # Only a BPE needs the text, and what the Hub has is not to be looked up for another tokenizer.
+    needed = bpe_vocabulary(config.tokenizer) is not None
+    corpora = [find_corpus(source, key) for source in sources] if needed else []
+
+    def texts() -> list[Iterator[str]]:
+        return [documents_of(corpus, field) for corpus, field in zip(corpora, fields, strict=True)]
+
     try:
-        return trained_bpe(texts, vocab_size, cache / f"bpe_{vocab_size}-{name}", watch)
+        return tokenizer_for(config, texts, (fields, [corpus.fingerprint() for corpus in corpora]), progress)
     except UnreadableError as error:
-        raise ConfigError(f"data.path: {error}") from error
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _recipe(config: DataConfig, source: Source, encoder: Encoder) -> Recipe:
