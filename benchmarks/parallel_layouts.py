@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from continual.batches import Batch
+from continual.method import Term
 from launch.config import TrainConfig, load
 from launch.estimate import Layout
 from launch.model import model_config
@@ -133,10 +134,10 @@ def _build(entry: Entry, shape: Shape, runtime: Runtime) -> Trainer:
     phase = make_phase(config, hf_config, step=0, fresh=True, tensor=entry.layout.tensor)
     engine = make_engine(phase, config, runtime)
     batch, size = _share(shape, runtime.data), config.training.microbatch(runtime.data.size)
-    targets = [batch.targets * runtime.data.size]
+    targets, term = [batch.targets * runtime.data.size], Term(name="task", batch=batch)
 
     def step() -> float:
-        part = accumulate(engine, batch, targets=targets, microbatch_size=size, device=runtime.device)
+        part = accumulate(engine, term, targets=targets, microbatch_size=size, device=runtime.device)
         loss = sum_over(runtime.model, part if runtime.tensor.index == 0 else torch.zeros_like(part))
         refused = engine.step(_RATE, lambda norm: None).refused
         assert refused is None, refused

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from continual.data import Batch
+from continual.method import Term
 from launch.config import TrainConfig, load
 from launch.flops import count_step_flops
 from launch.model import build_model, model_config
@@ -72,7 +73,7 @@ def peft_engine(shape: Shape, runtime: Runtime) -> Variant:
     config, batch = _config(shape, low_rank=True), _batch(shape)
     model = _peft_model(config, runtime.device, autocast=False).to(config.torch_dtype)
     flops = _flops(model, batch, runtime.device)
-    return _in_engine(Phase(model=model, conversion=None), config, batch, runtime, flops)
+    return _in_engine(Phase(model=model, conversion=None, outputs={}, targets=[]), config, batch, runtime, flops)
 
 
 def peft_torch(shape: Shape, runtime: Runtime) -> Variant:
@@ -155,10 +156,10 @@ def _engine_variant(shape: Shape, runtime: Runtime, *, low_rank: bool) -> Varian
 
 def _in_engine(phase: Phase, config: TrainConfig, batch: Batch, runtime: Runtime, flops: int) -> Variant:
     engine = make_engine(phase, config, runtime)
-    model, size = engine.model, len(batch)
+    model, size, term = engine.model, len(batch), Term(name="task", batch=batch)
 
     def step() -> None:
-        float(accumulate(engine, batch, targets=[batch.targets], microbatch_size=size, device=runtime.device))
+        float(accumulate(engine, term, targets=[batch.targets], microbatch_size=size, device=runtime.device))
         engine.step(config.optimizer.lr, lambda norm: None)
 
     def restart_once(index: int) -> None:

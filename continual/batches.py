@@ -47,6 +47,12 @@ class Batch:
             even=self.even,
         )
 
+    def among(self, classes: Sequence[int], count: int) -> "Batch":
+        """The batch of a classifier with `count` outputs, of which only some compete."""
+        mask = torch.zeros(count, dtype=torch.bool, device=self.labels.device)
+        mask[list(classes)] = True
+        return Batch(inputs=self.inputs, labels=self.labels, classes=mask.expand(len(self), count), even=self.even)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         return Batch(

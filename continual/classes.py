@@ -23,7 +23,7 @@ KEY = "continual.split"
 class Scenario(str, Enum):
     """What tasks of classes have in common, and what is known when a model is measured."""
 
-    class_incremental = "class"
+    class_incremental = "class_incremental"
     """Each task brings classes of its own; which task a sample is from is not known."""
     domain = "domain"
     """All tasks have the same classes, on other data."""

@@ -67,6 +67,15 @@ class Stage:
     data: TaskData
     seen: tuple[int, ...] = ()
     """Outputs of all classes of this task and the ones before it."""
+    full_rank: bool = False
+    """Whether all weights train: a warm start."""
+    lr: float | None = None
+    """Its peak learning rate; None: the run's."""
+
+    @property
+    def own_held_out(self) -> HeldOut:
+        """What the task itself is measured on; of a request to forget, what it is to retain."""
+        return self.data.held_out.get("retained") or next(iter(self.data.held_out.values()))
 
     @property
     def end(self) -> int:
@@ -101,22 +110,43 @@ class MethodState:
 class Trainee(Protocol):
     """The model in training, as a method may use it. All processes make the same calls."""
 
-    model: nn.Module
-    """The bare model; in its forward pass outside training it may be called under `torch.no_grad`."""
-    layers: Mapping[str, LowRankLinear]
-    """Low-rank layers by name; none at full rank."""
-    store: ParameterStore
-    """Masters and Adam state, cut or whole; edit masters, then `publish`."""
-    device: torch.device
-    seed: int
-    step: int
-    """Finished updates of the run."""
-    stages: Sequence[Stage]
-    """The stream's stages, later ones too."""
-    global_batch: int
-    """Samples of an update, over all processes."""
     lr: float
     """Learning rate of the update that is made or was made last."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model; outside training its forward pass may be called under `torch.no_grad`."""
+
+    @property
+    def layers(self) -> Mapping[str, LowRankLinear]:
+        """Low-rank layers by name; none at full rank."""
+
+    @property
+    def store(self) -> ParameterStore:
+        """Masters and Adam state, cut or whole; edit masters, then `publish`."""
+
+    @property
+    def device(self) -> torch.device:
+        """That of this process."""
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+
+    @property
+    def step(self) -> int:
+        """Finished updates of the run."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stream's stages, later ones too."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an update, over all processes."""
+
+    def targets(self) -> Mapping[str, nn.Module]:
+        """The modules that are low-rank, or will be after a warm start, by name."""
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters that train, by name."""
@@ -201,5 +231,5 @@ class Method:
     def load(self, state: MethodState) -> None:
         """Take over what `state` gave, maybe in another layout of processes; parts are cut for this one.
 
-        A method that has parts is asked for `state` first, to learn which.
+        Parts of parameters that do not train any more, after a warm start, are gone.
         """

@@ -55,6 +55,8 @@ def parse_tasks(values: Any) -> list[TaskConfig]:
             raise ConfigError(f"continual.tasks: two tasks are called {name}: give each a name of its own")
     low_rank = [task.name for task in tasks if not task.full_rank]
     for before, task in enumerate(tasks):
+        if task.full_rank and task.steps is None:
+            raise ConfigError(f"{task.key} needs steps, not epochs: it trains at full rank")
         if task.full_rank and any(not one.full_rank for one in tasks[:before]):
             raise ConfigError(
                 f"{task.key}.full_rank=true comes after {low_rank[0]}, which trains at low rank: only the "

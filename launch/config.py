@@ -15,9 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from continual.config import ContinualConfig
 from continual.data import DataConfig
+from continual.methods.registry import METHODS
 from launch.head_rules import check_hosted, check_lte
 from launch.model import ModelConfig
+from launch.stream_rules import check_stream
 from launch.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
@@ -75,7 +78,7 @@ class TrainingConfig:
     """FLOP/s that MFU is measured against; null: a table of GPUs, or a measured matrix product."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.tokens is None):
+        if self.steps is not None and self.tokens is not None:
             raise ConfigError("training needs exactly one of training.steps and training.tokens: set the other to null")
         for key, least in (("global_batch_size", 1), ("skip_window", 2), ("max_skips", 1)):
             if getattr(self, key) < least:
@@ -180,7 +183,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    continual: Any = None
+    continual: ContinualConfig | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracker: TrackerConfig | None = None
@@ -188,7 +191,7 @@ class TrainConfig:
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run."""
+        """Updates of a run without tasks; those of a stream are known when its data is."""
         training = self.training
         if training.steps is not None:
             return training.steps
@@ -225,6 +228,8 @@ class TrainConfig:
     @property
     def warm_start_steps(self) -> int:
         """Full-rank updates before low-rank training."""
+        if self.continual is not None and self.lora is not None and self.continual.full_rank_steps:
+            return self.continual.full_rank_steps
         return self.relora.warm_start_steps if self.relora is not None else 0
 
     def peak_lr(self, step: int) -> float:
@@ -243,7 +248,10 @@ class TrainConfig:
     def merge_precision(self) -> MergePrecision:
         """How base weights take up merges; without merges they need no extra bits."""
         merging = self.lte or self.relora
-        return MergePrecision.nearest if merging is None else merging.merge_precision
+        if merging is not None:
+            return merging.merge_precision
+        folds = self.continual is not None and METHODS[self.continual.method].folds
+        return MergePrecision.split if folds else MergePrecision.nearest
 
     @property
     def restarts(self) -> Restarts | None:
@@ -257,16 +265,12 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: an impossible combination, or a setting that would have no effect.
     """
-    steps = config.total_steps
     if config.continual is not None:
-        raise ConfigError(f"continual must be none in this version, got {config.continual!r}")
+        check_stream(config, config.continual)
+    elif config.training.steps is None and config.training.tokens is None:
+        raise ConfigError("training needs exactly one of training.steps and training.tokens: set one of them")
     if config.relora is not None and config.lora is None:
         raise ConfigError("relora needs low-rank layers: choose lora=lora, or relora=none for full-rank training")
-    if config.relora is not None and 0 < steps <= config.warm_start_steps:
-        raise ConfigError(
-            f"relora.warm_start_steps={config.warm_start_steps} leaves no low-rank step of "
-            f"training.steps={steps}: raise training.steps or lower it"
-        )
     if config.lora is not None and config.lora.init_from is not None and config.warm_start_steps > 0:
         raise ConfigError(
             f"lora.init_from={config.lora.init_from} belongs to the weights that the run starts with, not to those "
@@ -284,6 +288,17 @@ def check(config: TrainConfig) -> None:
             )
     if config.lte is not None:
         check_lte(config, config.lte)
+    if config.continual is None:
+        _check_length(config, config.total_steps)
+
+
+def _check_length(config: TrainConfig, steps: int) -> None:
+    """Rules about the length of a run without tasks."""
+    if config.relora is not None and 0 < steps <= config.warm_start_steps:
+        raise ConfigError(
+            f"relora.warm_start_steps={config.warm_start_steps} leaves no low-rank step of "
+            f"training.steps={steps}: raise training.steps or lower it"
+        )
     stop = config.training.stop_after
     if stop is not None and stop >= steps:
         raise ConfigError(

@@ -12,6 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from continual.data import open_data
 from continual.tokenizer import BYTES, bpe_vocabulary, byte_tokenizer, encoder_of, load_tokenizer
 from launch.config import TrainConfig
+from launch.course import model_of_course, open_course
 from launch.model import ModelConfig, model_config, name_special_tokens
 from relora.errors import ConfigError
 
@@ -22,7 +23,7 @@ class Description:
 
     hf_config: PretrainedConfig
     tokenizer: Any = None
-    """The tokenizer, unless there is a folder."""
+    """The tokenizer, unless there is a folder, or the model reads images."""
     generation: GenerationConfig | None = None
     """How a pre-trained model generates; None: as its family does."""
     folder: Path | None = None
@@ -35,11 +36,12 @@ class Description:
             skeleton: the model, on any device.
         """
         if self.folder is None:
-            if skeleton.generation_config is not None:
+            if self.tokenizer is not None and getattr(skeleton, "generation_config", None) is not None:
                 generation = self.generation or GenerationConfig.from_model_config(self.hf_config)
                 generation.eos_token_id = self.tokenizer.eos_token_id
                 generation.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
         else:
             for path in self.folder.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -53,7 +55,8 @@ class Description:
 def describe(config: ModelConfig, hf_config: PretrainedConfig, tokenizer: Any) -> Description:
     """The description of a model in memory."""
     hf_config = copy.deepcopy(hf_config)
-    hf_config.use_cache = True  # training goes without, generation does not
+    if hasattr(hf_config, "use_cache"):
+        hf_config.use_cache = True  # training goes without, generation does not
     generation = None
     if config.name_or_path is not None:
         try:
@@ -75,6 +78,9 @@ def description_of(run_dir: Path, config: TrainConfig) -> Description:
             return Description(hf_config=AutoConfig.from_pretrained(folder), folder=folder)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} is damaged: {error}. Restore its config.json, or remove it") from error
+    if config.continual is not None:
+        course = open_course(config)
+        return describe(config.model, model_of_course(config, course), course.tokenizer)
     tokenizer = _tokenizer(config)
     size = encoder_of(tokenizer, config.data.tokenizer).vocab_size
     hf_config = model_config(config.model, vocab_size=size, sequence_length=config.data.sequence_length)

@@ -13,8 +13,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from continual.data import Data
 from launch.config import TrainConfig
+from launch.course import Course
 from launch.guard import TrainingDiverged
 from launch.head_state import KIND, held_of_syncs, take_momenta, take_primes
 from launch.heads import words_of
@@ -35,7 +35,7 @@ from relora.sync_report import SyncReport
 
 
 def come(
-    config: TrainConfig, folder: RunFolder, runtime: Runtime, data: Data, say: Callable[[str], None]
+    config: TrainConfig, folder: RunFolder, runtime: Runtime, course: Course, say: Callable[[str], None]
 ) -> ElasticHeads | None:
     """Come to the meeting point, and wait until this head may begin; None without elastic heads.
 
@@ -52,7 +52,7 @@ def come(
     heads = ElasticHeads(
         runtime,
         config.lte,
-        terms_of(config, runtime, data.fingerprint),
+        terms_of(config, runtime, course.fingerprints),
         token=os.environ.get(TOKEN_VARIABLE, ""),
         checkpoint=0 if counters is None else counters["syncs"],
         wanted=None if counters is None else counters["number"],

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from continual.data import open_data
 from launch import exits
 from launch.config import TrainConfig, load, load_stored
-from launch.model import model_config
-from launch.objective import mean_loss, validation_batches
+from launch.course import model_of_course, open_course
+from launch.model import model_class, model_config
+from launch.objective import ALONE, mean_loss, validation_batches
+from launch.scores import Measuring, scores_of
 from launch.usage import asks_for_help
 from relora.errors import ConfigError
 
@@ -61,6 +63,8 @@ def evaluate_folder(config: TrainConfig, name_or_path: str) -> dict[str, object]
     Raises:
         ConfigError: model and data do not fit.
     """
+    if config.continual is not None:
+        return _evaluate_stream(config, name_or_path)
     data = open_data(config.data, seed=config.run.seed)
     if data.validation is None:
         raise ConfigError("data.validation_fraction=0 without data.validation_path leaves nothing to evaluate on")
@@ -79,6 +83,27 @@ def evaluate_folder(config: TrainConfig, name_or_path: str) -> dict[str, object]
         "val_perplexity": math.exp(min(loss, 700.0)),
         "sequences": min(sequences or len(data.validation), len(data.validation)),
     }
+
+
+def _evaluate_stream(config: TrainConfig, name_or_path: str) -> dict[str, object]:
+    """The scores of a saved model on all tasks of a stream."""
+    assert config.continual is not None
+    course = open_course(config)
+    config.model.name_or_path, config.model.config = name_or_path, None
+    hf_config = model_of_course(config, course)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model_class(hf_config).from_pretrained(
+        name_or_path, dtype=config.torch_dtype, attn_implementation=config.model.attention
+    )
+    measuring = Measuring(
+        axis=ALONE,
+        device=device,
+        size=config.validation_batch(),
+        sequences=config.evaluation.sequences,
+        classes=len(course.class_names),
+        scenario=config.continual.scenario,
+    )
+    return {"model": name_or_path, "scores": scores_of(model.to(device), course.tasks, course.stages[-1], measuring)}
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
 """The loop. What changes the run stands here; what only watches it is told."""
 
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
 from continual.batches import Batch
+from continual.method import Stage, Term
 from launch.elastic import meet_others
 from launch.guard import TrainingDiverged
-from launch.heads import drawn_for, sync_run
+from launch.heads import sync_run
 from launch.objective import accumulate, apart, mean_loss, validation_batches
-from launch.phase import low_rank_at
+from launch.pace import cycle, learning_rate, restart_follows
 from launch.run import Run, measure_update
 from launch.saves import note_published, save_checkpoint
+from launch.stages import begin_stage, end_stage, fold
 from launch.state import RunState
 from launch.transition import begin_low_rank
 from launch.watch import Stopwatch
 from parallel.collectives import sum_over
 from parallel.engine import StepResult
 from parallel.hosted import HostedEngine
-from relora.restart import cycle_of, restart, restart_due
-from relora.schedule import multiplier
 
 
 def train(run: Run) -> bool:
@@ -34,78 +34,102 @@ def train(run: Run) -> bool:
         TrainingDiverged: too many updates were refused.
         ConfigError: a checkpoint could not be written.
     """
-    config, state, total = run.config, run.state, run.config.total_steps
-    saved = state.step if run.folder.resume is not None else None
-    clock = Stopwatch()
-    while state.step < total and not _asked_to_stop(run):
+    state, clock = run.state, Stopwatch()
+    for stage in run.course.remaining(state.step):
+        run.stage = stage
+        begin_stage(run, stage)
+        clock.lap()
+        if not train_stage(run, stage, clock):
+            break
+        end_stage(run, stage)
+        if state.step == run.config.warm_start_steps:
+            begin_low_rank(run)
+        clock.lap()
+    if run.saver.last != state.step:
+        save_checkpoint(run)
+    run.saver.wait()
+    note_published(run)
+    return state.step >= run.course.total_steps
+
+
+def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
+    """Train a stage to its end, unless the run is asked to stop; returns whether it is at its end."""
+    config, state = run.config, run.state
+    while state.step < stage.end and not _asked_to_stop(run):
         update(run, clock)
-        warm_start_ends = state.step == config.warm_start_steps
-        restarts = config.relora is not None and restart_due(config.relora, state.step, total)
+        at_end = state.step == stage.end
+        warm_start_ends = state.step == config.warm_start_steps and not at_end
+        restarts = restart_follows(config, stage, state.step)
         if run.elastic is not None:
             meet_others(run)
         elif run.sync is not None:
-            sync_run(run, everything=restarts or state.step == total)
+            sync_run(run, everything=restarts or at_end)
         if restarts:
-            restart_run(run)
-        if _due(config.evaluation.every, state.step) or state.step == total:
+            fold(run)
+        if _due(config.evaluation.every, state.step) or at_end:
             evaluate(run)
-            if run.sync is not None and not restarts and state.step < total:
+            if run.sync is not None and not restarts and not at_end:
                 measure_update(run)  # far more work than a sync; restarts and the end have theirs
         if warm_start_ends:
             run.watch.event("warm_start_end", state.step)
-        if warm_start_ends or (_due(config.checkpoint.every, state.step) and state.step < total):
+        if warm_start_ends or (_due(config.checkpoint.every, state.step) and not at_end):
             save_checkpoint(run)
-            saved = state.step
         if warm_start_ends:
             begin_low_rank(run)
         note_published(run)
         state.train_seconds += clock.lap()
-    if saved != state.step:
-        save_checkpoint(run)
-    run.saver.wait()
-    note_published(run)
-    return state.step >= total
+    return state.step == stage.end
 
 
 def update(run: Run, clock: Stopwatch) -> None:
     """One optimizer step on the next global batch."""
-    config, state = run.config, run.state
+    config, state, stage = run.config, run.state, run.stage
     size = config.job_batch
-    scale = multiplier(state.step, config.schedule, total_steps=config.total_steps, restarts=config.restarts)
-    lr = config.peak_lr(state.step) * scale
-    batch = run.next_batch()
-    targets = _targets(run, batch)
-    for one, own in zip(run.states, targets, strict=True):
-        one.learned = [count + own for count in one.learned]
-    parts = accumulate(
-        run.engine,
-        batch,
-        targets=targets,
-        microbatch_size=run.microbatch,
-        device=run.runtime.device,
-    )
-    losses = _agree(run, parts)
+    lr = run.trainee.lr = learning_rate(config, stage, state.step)
+    terms = [run.among(term) for term in run.method.terms(run.trainee, stage, run.next_batch())]
+    parts = torch.stack([_accumulated(run, term, number == 0) for number, term in enumerate(terms)])
+    run.method.after_backward(run.trainee, stage)
+    by_term = _agree(run, parts)
+    losses = [sum(column) for column in zip(*by_term, strict=True)]
     results = _step(run, lr, losses)
     for one, loss in zip(run.states, losses, strict=True):
-        one.advance(sequences=size, tokens=size * config.data.sequence_length)
+        one.advance(sequences=size, tokens=size * run.course.tokens_per_sample)
         if math.isfinite(loss):
             one.train_loss = loss
+    if results[0].refused is None:
+        run.method.after_step(run.trainee, stage)
     seconds = clock.lap()
     state.train_seconds += seconds
-    in_cycle = config.relora is not None and low_rank_at(config, state.step - 1)
-    cycle = cycle_of(config.relora, state.step - 1) if in_cycle and config.relora else None
     run.watch.step(
         state,
         loss=losses[0],
         lr=lr,
         grad_norm=results[0].grad_norm,
-        cycle=cycle,
-        tokens=size * config.data.sequence_length,
+        cycle=cycle(config, stage, state.step - 1),
+        tokens=size * run.course.tokens_per_sample,
         seconds=seconds,
         head=run.heads[0] if run.sync is not None else None,
+        task=stage.name if run.course.is_stream else None,
+        measures=_measures(run, terms, by_term),
     )
     for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
         _record(run, head, one, loss, result)
+
+
+def _accumulated(run: Run, term: Term, learned: bool) -> torch.Tensor:
+    """Forward and backward of a term; the first one's targets are what heads have learned from."""
+    targets = _targets(run, term.batch)
+    for one, own in zip(run.states, targets if learned else [], strict=False):
+        one.learned = [count + own for count in one.learned]
+    return accumulate(run.engine, term, targets=targets, microbatch_size=run.microbatch, device=run.runtime.device)
+
+
+def _measures(run: Run, terms: Sequence[Term], by_term: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What the method has to say of this step: its measures, and its terms where there are several."""
+    measures = run.method.measures()
+    if len(terms) > 1:
+        measures |= {f"loss/{term.name}": losses[0] for term, losses in zip(terms, by_term, strict=True)}
+    return measures
 
 
 def _step(run: Run, lr: float, losses: list[float]) -> list[StepResult]:
@@ -134,30 +158,6 @@ def _record(run: Run, head: int, state: RunState, loss: float, result: StepResul
         run.diverged[head] = str(error)  # the other heads hear of it at the next sync
 
 
-def restart_run(run: Run) -> None:
-    """Merge, redraw and reset at the end of a cycle; the learning rate's part is in the schedule."""
-    config, state = run.config, run.state
-    assert config.relora is not None
-    report = restart(
-        run.model,
-        config.relora,
-        run.engine.store,
-        seed=config.run.seed,
-        restart_index=state.restarts + 1,
-        heads=drawn_for(run),
-        merged=run.sync is not None,
-    )
-    if run.sync is not None:
-        run.sync.forget()
-    state.restarts += 1
-    run.watch.event("restart", state.step, **asdict(report))
-    run.watch.say(
-        f"step {state.step}: restart {report.restart}, {report.layers} layers merged (update {report.update_ratio:.2%} "
-        f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared"
-    )
-    measure_update(run)
-
-
 def evaluate(run: Run) -> float:
     """Validation loss of the model as it is now."""
     clock = Stopwatch()
@@ -171,10 +171,11 @@ def evaluate(run: Run) -> float:
 
 def validation_loss(run: Run, model: nn.Module) -> float:
     """Mean loss of a model on the run's validation sequences, the same ones each time."""
-    config, validation, axis = run.config, run.data.validation, run.runtime.batch
-    assert validation is not None
+    config, axis, stage = run.config, run.runtime.batch, run.stage
     size = config.validation_batch(axis.size * len(run.heads))
-    batches = validation_batches(validation, sequences=config.evaluation.sequences, size=size)
+    batches = validation_batches(stage.own_held_out, sequences=config.evaluation.sequences, size=size)
+    if run.course.class_names:
+        batches = (batch.among(stage.seen, len(run.course.class_names)) for batch in batches)
     return mean_loss(model, batches, run.runtime.device, axis)
 
 
@@ -188,17 +189,21 @@ def _targets(run: Run, batch: Batch) -> list[int]:
     return targets
 
 
-def _agree(run: Run, parts: torch.Tensor) -> list[float]:
-    """Losses over all processes of the head, and, while they talk, whether any of them was asked to stop."""
+def _agree(run: Run, parts: torch.Tensor) -> list[list[float]]:
+    """Losses over all processes of the head, and, while they talk, whether any of them was asked to stop.
+
+    Shapes: (terms, heads)
+    """
     axes = run.runtime
-    sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=axes.device)
+    sums = torch.zeros(parts.numel() + 1, dtype=torch.float64, device=axes.device)
     if axes.tensor.index == 0:
-        sums[:-1] = parts
+        sums[:-1] = parts.flatten()
     sums[-1] = float(bool(run.stop))
-    *losses, stops = sum_over(axes.model, sums).tolist()
-    run.stop.asked = stops > 0
+    sums = sum_over(axes.model, sums)
+    run.stop.asked = float(sums[-1]) > 0
     if run.sync is None:
         run.stop.agreed = run.stop.asked
+    losses: list[list[float]] = sums[:-1].view(parts.shape).tolist()
     return losses
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from continual.batches import Batch
 from launch.flops import operation_flops
+from launch.model import model_class
 from launch.objective import summed_loss
 from parallel.pretence import counted_collectives
 
@@ -83,11 +85,11 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     removed = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in parameters]
-    ids = torch.zeros(sequences, length, dtype=torch.int64, device=parameters[0].device)
-    inputs = {"input_ids": ids, "position_ids": ids} if packed else {"input_ids": ids}
-    batch = Batch(inputs=inputs, labels=ids)
+    device = parameters[0].device
+    batch = _example(model, sequences, length, packed).to(device)
     marks: dict[str, int] = {}
-    with counted_collectives() as tally, Ledger([*model.parameters(), *model.buffers(), ids]) as ledger:
+    here = [*model.parameters(), *model.buffers(), *batch.inputs.values()]
+    with counted_collectives() as tally, Ledger(here) as ledger:
 
         def turn(gradient: Tensor) -> None:
             marks["at_loss"], ledger.peak = ledger.peak, ledger.now
@@ -98,7 +100,7 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
             output.logits.register_hook(turn)
             return output
 
-        loss = summed_loss(model, batch, ids.device, run)
+        loss = summed_loss(model, batch, device, run)
         forward_flops = ledger.flops
         torch.autograd.backward(loss)
     for hook in removed:
@@ -112,6 +114,18 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
         all_reduced=tally.all_reduced,
         gathered=tally.gathered,
     )
+
+
+def _example(model: Any, sequences: int, length: int, packed: bool) -> Batch:
+    """A batch of a model's own kind, of zeros; where the model has no memory, neither has the batch."""
+    config = model.config
+    ids = torch.zeros(sequences, length, dtype=torch.int64)
+    if model_class(config) is AutoModelForCausalLM:
+        return Batch(inputs={"input_ids": ids, "position_ids": ids} if packed else {"input_ids": ids}, labels=ids)
+    if (size := getattr(config, "image_size", None)) is None:
+        return Batch(inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=ids[:, 0])
+    images = torch.zeros(sequences, config.num_channels, size, size)
+    return Batch(inputs={"pixel_values": images}, labels=ids[:, 0])
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +12,27 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from parallel.files import share
 from relora.convert import merged_state_dict
 from relora.errors import ConfigError
+from relora.initialize import keyed_generator
+from relora.targets import output_layer
 
 transformers_logging.disable_progress_bar()
+
+CLASSIFIER = "single_label_classification"
+"""What a classifier's configuration says of itself, in transformers' words."""
 
 # Accepted by transformers' configuration classes and turned into `rope_parameters`, but not listed by them.
 _ALSO_ACCEPTED = {"model_type", "rope_theta", "rope_scaling", "attn_implementation"}
@@ -56,13 +68,7 @@ def model_config(config: ModelConfig, *, vocab_size: int, sequence_length: int) 
             longer than the model's positions.
     """
     if config.name_or_path is not None:
-        try:
-            hf_config = AutoConfig.from_pretrained(config.name_or_path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model.name_or_path {config.name_or_path!r} cannot be loaded: {error}. Give a folder with a "
-                "config.json and weights, or a name that this machine can download"
-            ) from error
+        hf_config = _pretrained_config(config.name_or_path)
     else:
         values = _values(config.config)
         if values.get("vocab_size") is None:
@@ -82,6 +88,71 @@ def model_config(config: ModelConfig, *, vocab_size: int, sequence_length: int) 
     return hf_config
 
 
+def classifier_config(
+    config: ModelConfig,
+    class_names: Sequence[str],
+    *,
+    image: tuple[int, int] | None,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+) -> PretrainedConfig:
+    """The transformers configuration of a classifier with an output for each class.
+
+    Args:
+        image: size and channels of its images; None: it reads text.
+        pad_token_id: of the tokenizer of a text classifier.
+
+    Raises:
+        ConfigError: unknown family or key, unreadable folder, a family without classifiers, images of another size.
+    """
+    named = dict(enumerate(class_names))
+    if config.name_or_path is not None:
+        hf_config = _pretrained_config(config.name_or_path)
+    else:
+        values = _values(config.config)
+        sizes = [("vocab_size", vocab_size)] if image is None else list(_image_sizes(image).items())
+        values |= {key: value for key, value in sizes if values.get(key) is None}
+        hf_config = _from_values(values)
+        hf_config.pad_token_id = pad_token_id
+    hf_config.id2label, hf_config.label2id = named, {name: number for number, name in named.items()}
+    hf_config.problem_type = CLASSIFIER
+    if model_class(hf_config) is not AutoModelForImageClassification and image is not None:
+        raise ConfigError(
+            f"model.config.model_type={hf_config.model_type} reads no images: choose another model, such as "
+            "model=vit_digits"
+        )
+    for key, value in ({} if image is None else _image_sizes(image)).items():
+        wanted = getattr(hf_config, key, value)
+        if wanted != value:
+            raise ConfigError(
+                f"model.config.{key}={wanted}, but the images have {value}: set image_size and channels of the "
+                f"tasks' data, or model.config.{key} to null (as the data)"
+            )
+    return hf_config
+
+
+def _image_sizes(image: tuple[int, int]) -> dict[str, int]:
+    return {"image_size": image[0], "num_channels": image[1]}
+
+
+def model_class(hf_config: PretrainedConfig) -> Any:
+    """The class of transformers that builds and loads the model of a configuration: a causal one, or a classifier.
+
+    Raises:
+        ConfigError: the family has no classifier.
+    """
+    if getattr(hf_config, "problem_type", None) != CLASSIFIER:
+        return AutoModelForCausalLM
+    kinds = (AutoModelForImageClassification, AutoModelForSequenceClassification)
+    for kind in kinds:
+        if type(hf_config) in kind._model_mapping:
+            return kind
+    raise ConfigError(
+        f"model.config.model_type={hf_config.model_type} has no classifier in transformers: choose another family, "
+        "such as vit"
+    )
+
+
 def name_special_tokens(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a configuration without weights its tokenizer's special tokens, in place of its family's."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -99,20 +170,53 @@ def build_model(config: ModelConfig, hf_config: PretrainedConfig, *, seed: int, 
         ConfigError: transformers refuses: no such attention for this family, missing weights, an impossible shape.
     """
     options = {"dtype": torch.float32, "attn_implementation": config.attention}
+    kind = model_class(hf_config)
     try:
         if config.name_or_path is not None and weights:
-            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, **options)
+            if kind is not AutoModelForCausalLM:  # its outputs may be for other classes
+                options |= {"config": hf_config, "ignore_mismatched_sizes": True}
+            model = kind.from_pretrained(config.name_or_path, **options)
         else:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(hf_config, **options)
+            model = kind.from_config(hf_config, **options)
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(
             f"transformers cannot build this model with model.attention={config.attention}: {error} Correct the model, "
             "or choose another implementation, such as model.attention=eager"
         ) from error
-    model.config.use_cache = False
     assert isinstance(model, nn.Module)
+    if kind is AutoModelForCausalLM:
+        model.config.use_cache = False  # type: ignore[union-attr]
+    elif config.name_or_path is None or not weights or not _has_outputs(config.name_or_path, hf_config):
+        _draw_outputs(model, hf_config, seed)
     return model
+
+
+def _has_outputs(name_or_path: str, hf_config: PretrainedConfig) -> bool:
+    """Whether a pre-trained model is a classifier with these very classes."""
+    theirs = _pretrained_config(name_or_path)
+    return dict(theirs.id2label) == dict(hf_config.id2label)
+
+
+@torch.no_grad()
+def _draw_outputs(model: nn.Module, hf_config: PretrainedConfig, seed: int) -> None:
+    """Draw a classifier's outputs class by class, so that classes that come later change nothing of the others."""
+    output = output_layer(model)
+    assert isinstance(output, nn.Linear)
+    for number, name in hf_config.id2label.items():
+        generator = keyed_generator(seed, "class", name)
+        output.weight[number] = torch.randn(output.in_features, generator=generator) * hf_config.initializer_range
+    if output.bias is not None:
+        output.bias.zero_()
+
+
+def drawn_outputs(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a classifier's output parameters, by name; none for a language model."""
+    output = output_layer(model) if getattr(model.config, "problem_type", None) == CLASSIFIER else None
+    if output is None:
+        return {}
+    own = set(output.parameters())
+    return {name: one.detach().clone() for name, one in model.named_parameters() if one in own}
 
 
 @contextmanager
@@ -137,23 +241,37 @@ def in_place_of(folder: Path) -> Iterator[Path]:
     partial.rename(folder)
 
 
-def save_model(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype) -> None:
+def save_model(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | None, *, dtype: torch.dtype) -> None:
     """Write the dense model that a whole `model` computes now: factors folded in, Hugging Face names, tokenizer beside.
 
     Raises:
         OSError: the folder cannot be written; what was there before is untouched.
     """
-    use_cache, model.config.use_cache = model.config.use_cache, True
-    if model.generation_config is not None:
+    use_cache = getattr(model.config, "use_cache", None)
+    if use_cache is not None:
+        model.config.use_cache = True
+    if tokenizer is not None and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
         with in_place_of(folder) as partial:
             model.save_pretrained(partial, state_dict=merged_state_dict(model, dtype=dtype))
             model.config.dtype = dtype  # the model's own was written, and loading would cast to it
             model.config.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
     finally:
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+def _pretrained_config(name_or_path: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name_or_path {name_or_path!r} cannot be loaded: {error}. Give a folder with a "
+            "config.json and weights, or a name that this machine can download"
+        ) from error
 
 
 def _values(config: Any) -> dict[str, Any]:

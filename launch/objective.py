@@ -5,9 +5,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from continual.batches import Batch, HeldOut, joined
+from continual.method import Term
 from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
@@ -36,15 +38,44 @@ def head_losses(
     Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
     """
     here = batch.to(device)
-    output = (run or model)(**here.inputs, use_cache=False)
+    output = called(run or model, here)
+    if here.labels.ndim == 1:
+        return [class_losses(output.logits, here).sum()]
     pairs = zip(output.logits[:, :-1].chunk(heads), here.labels[:, 1:].chunk(heads), strict=True)
     return [summed_cross_entropy(model, logits.flatten(0, 1), labels.flatten()) for logits, labels in pairs]
 
 
+def called(run: Callable[..., Any], batch: Batch, **wanted: Any) -> Any:
+    """The output of a model, or of the engine around it, for a batch on its device."""
+    if batch.labels.ndim > 1:
+        wanted["use_cache"] = False
+    return run(**batch.inputs, **wanted)
+
+
+def class_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The cross-entropy of each sample of a classifier, among the classes that compete for it. Shapes: (B,)."""
+    losses: Tensor = F.cross_entropy(competing(logits, batch), batch.labels, ignore_index=IGNORED, reduction="none")
+    return losses
+
+
+def competing(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits in fp32, those of classes that do not compete for a sample as low as can be. Shapes: (B, C)."""
+    logits = logits.float()
+    return logits if batch.classes is None else logits.masked_fill(~batch.classes, torch.finfo(logits.dtype).min)
+
+
+def row_losses(model: nn.Module, output: Any, batch: Batch) -> Tensor:
+    """The cross-entropy of each sample, summed over its targets, from a model's output. Shapes: (B,)."""
+    if batch.labels.ndim == 1:
+        return class_losses(output.logits, batch)
+    pairs = zip(output.logits[:, :-1], batch.labels[:, 1:], strict=True)
+    return torch.stack([summed_cross_entropy(model, logits, labels) for logits, labels in pairs])
+
+
 def accumulate(
-    engine: Engine | HostedEngine, batch: Batch, *, targets: Sequence[int], microbatch_size: int, device: torch.device
+    engine: Engine | HostedEngine, term: Term, *, targets: Sequence[int], microbatch_size: int, device: torch.device
 ) -> Tensor:
-    """Forward and backward of this process's share of one update; returns its part of each head's mean loss.
+    """Forward and backward of this process's share of a term; returns its part of each head's weighted mean loss.
 
     Each microbatch counts by its targets, so that the split into microbatches does not change the result.
 
@@ -52,10 +83,17 @@ def accumulate(
         targets: of the whole batch of each head that this process hosts.
         microbatch_size: sequences of a head.
     """
+
+    def forward(batch: Batch, **wanted: Any) -> Any:
+        return called(engine, batch, **wanted)
+
     total = torch.zeros(len(targets), dtype=torch.float64, device=device)
-    for part in microbatches(batch, microbatch_size, heads=len(targets)):
-        sums = head_losses(engine.model, part, device, engine, heads=len(targets))
-        losses = torch.stack([one / count for one, count in zip(sums, targets, strict=True)])
+    for part in microbatches(term.batch, microbatch_size, heads=len(targets)):
+        if term.loss is None:
+            sums = head_losses(engine.model, part, device, engine, heads=len(targets))
+        else:
+            sums = [term.loss(forward, part.to(device))]
+        losses = torch.stack([one / count for one, count in zip(sums, targets, strict=True)]) * term.weight
         engine.backward(losses.sum())
         total += losses.detach()
     return total
@@ -107,7 +145,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets
-    for mine, counts in _turns(batches, axis, heads_in(model)):
+    for mine, counts in turns(batches, axis, heads_in(model)):
         loss = summed_loss(model, mine, device)
         if counts:
             sums += torch.stack([loss.double(), loss.new_tensor(mine.targets, dtype=torch.float64)])
@@ -116,7 +154,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     return float(loss_sum / targets)
 
 
-def _turns(batches: Iterable[Batch], axis: Axis, heads: int) -> Iterator[tuple[Batch, bool]]:
+def turns(batches: Iterable[Batch], axis: Axis, heads: int) -> Iterator[tuple[Batch, bool]]:
     """This process's batches, one for each of its heads side by side, and whether they count."""
     left, first = iter(batches), axis.index * heads
     while turn := list(islice(left, axis.size * heads)):

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from continual.methods.registry import METHODS
 from launch.config import TrainConfig
-from launch.model import build_model
+from launch.model import build_model, drawn_outputs
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
 from parallel.regions import Region
@@ -35,6 +36,10 @@ class Phase:
     model: nn.Module
     conversion: Conversion | None
     """What became low-rank; None at full rank."""
+    outputs: dict[str, Tensor]
+    """The parameters of a classifier's outputs, as they were drawn; empty for a language model."""
+    targets: list[str]
+    """Modules that are low-rank, or will be after a warm start."""
     adapter: str | None = None
     """What lora.init_from brought."""
     heads: Sequence[int] = (0,)
@@ -75,8 +80,10 @@ def make_phase(
     """
     with _generators_kept(not fresh):
         model = build_model(config.model, hf_config, seed=config.run.seed, weights=fresh)
+    outputs = drawn_outputs(model)
+    targets: list[str] = []
     if config.lora is not None:
-        planned_layers(model, config.lora)  # a target that fits nothing must not wait for the end of a warm start
+        targets = list(planned_layers(model, config.lora))  # what fits nothing must not wait for a warm start's end
     conversion, adapter = None, None
     if low_rank_at(config, step):
         assert config.lora is not None
@@ -85,13 +92,14 @@ def make_phase(
             adapter = str(load_adapter_(model, Path(config.lora.init_from).expanduser()))
     if tensor > 1:
         tensor_regions(model, tensor_plan(model, config.parallel.tensor_plan), size=tensor, index=0)
-    return Phase(model=model, conversion=conversion, adapter=adapter, heads=heads)
+    return Phase(model=model, conversion=conversion, outputs=outputs, targets=targets, adapter=adapter, heads=heads)
 
 
 def _converted(model: nn.Module, config: TrainConfig, lora: LoraConfig, head: int) -> Conversion:
     lte = config.lte
     if lte is None:
-        return to_low_rank(model, lora, seed=config.run.seed)
+        trains_down = config.continual is None or METHODS[config.continual.method].trains_down
+        return to_low_rank(model, lora, seed=config.run.seed, train_down=trains_down)
     shared = lte.exchange == Exchange.shared
     rank = lte.rank_of(head)
     lora = lora if rank is None else replace(lora, rank=rank)

@@ -98,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     own, overrides = parse(words)
     config = load(overrides)
+    if config.continual is not None:
+        raise ConfigError(
+            "plan knows runs of one task: a stream needs the memory of its method, too. Plan one task with "
+            "continual=none and training.steps"
+        )
     if config.lte is None:
         for key in _OF_LTE:
             if getattr(own, key) is not None:

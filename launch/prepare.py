@@ -9,6 +9,7 @@ from continual.prepare import Progress
 from launch import exits
 from launch.config import load
 from launch.console import Console, Track, make_console
+from launch.course import Row, open_course
 from launch.usage import asks_for_help
 
 _HELP = """\
@@ -35,9 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: Sequence[str]) -> int:
     config, console = load(words), make_console(enabled=True)
     with following(console) as progress:
-        data = open_data(config.data, seed=config.run.seed, progress=progress)
-    show_data(console, data.describe())
-    console.info(f"vocabulary of {data.vocab_size}; everything is under {config.data.cache}")
+        if config.continual is None:
+            data = open_data(config.data, seed=config.run.seed, progress=progress)
+            rows: list[Row] = data.describe()
+            vocabulary: int | None = data.vocab_size
+        else:
+            course = open_course(config, progress)
+            rows, vocabulary = course.rows, course.vocab_size
+    show_data(console, rows)
+    told = f"vocabulary of {vocabulary}; " if vocabulary is not None else ""
+    console.info(f"{told}everything is under {config.data.cache}")
     return exits.DONE
 
 

@@ -1,14 +1,16 @@
 """One run in memory: everything that the loop works on."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from continual.batches import Batch, joined
-from continual.data import Data
+from continual.config import Competing
+from continual.method import Method, Stage, TaskKind, Term, Trainee
 from launch.config import TrainConfig
+from launch.course import Course
 from launch.guard import Guard
 from launch.run_folder import RunFolder
 from launch.signals import StopRequest
@@ -34,11 +36,20 @@ class Run:
     """Where this process stands in the current phase."""
     apart: Runtime
     """Where it stands when LTE's heads train apart; in a warm start all are one."""
-    data: Data
+    course: Course
+    """What is learned, and when."""
+    method: Method
+    """What is done against forgetting."""
+    stage: Stage
+    """The stage that is trained, or was trained last."""
     hf_config: PretrainedConfig
     engine: Engine | HostedEngine
     """Over this process's part of the model, or over the stacked model of the heads that it hosts."""
     conversion: Conversion | None
+    outputs: dict[str, Tensor]
+    """The parameters of a classifier's outputs as they were drawn; those of classes to come are still so."""
+    targets: list[str]
+    """Modules that are low-rank, or will be after a warm start."""
     state: RunState
     """Equal on all processes but for times and memory, and for what `RunState.own` names between LTE's heads."""
     guard: Guard
@@ -53,6 +64,8 @@ class Run:
     """The way to heads that are other jobs."""
     fellows: list[RunState] = field(default_factory=list)
     """The states of the further heads that this process hosts; `state` is the first one's."""
+    trainee: Trainee = field(init=False)
+    """The model as the method sees it."""
     diverged: dict[int, str] = field(default_factory=dict)
     """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 
@@ -81,19 +94,29 @@ class Run:
         """Sequences per forward and backward of each head of this process."""
         return self.config.microbatch(self.runtime.batch.size * len(self.heads))
 
+    def among(self, term: Term) -> Term:
+        """A term of the loss, with word of the classes that compete for its samples."""
+        count, continual, stage = len(self.course.class_names), self.config.continual, self.stage
+        if not count or term.batch.classes is not None:
+            return term
+        assert continual is not None
+        own = continual.logits is Competing.task and stage.kind is TaskKind.classification
+        return replace(term, batch=term.batch.among(stage.data.classes if own else stage.seen, count))
+
     def next_batch(self) -> Batch:
         """This process's share of the next global batch."""
-        axis, size = self.runtime.batch, self.config.job_batch
-        share = size // axis.size
+        axis, size, stage = self.runtime.batch, self.config.job_batch, self.stage
+        share, train = size // axis.size, stage.data.train
         if self.elastic is None:
-            return self.data.train.batch(self.state.position + axis.index * share, share)
+            position = (self.state.step - stage.first) * size if self.course.is_stream else self.state.position
+            return train.batch(position + axis.index * share, share)
         leased = self.elastic.leased(self.state.step, size, start=axis.index * share, count=share)
-        return joined([self.data.train.batch(start, stop - start) for start, stop in leased])
+        return joined([train.batch(start, stop - start) for start, stop in leased])
 
 
 def measure_update(run: Run) -> None:
     """Decompose W - W_start as it is now, delta included, where spectra are wanted."""
-    state, pending = run.state, run.config.lte is None and run.state.step == run.config.total_steps
+    state, pending = run.state, run.config.lte is None and run.state.step == run.course.total_steps
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
         run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)

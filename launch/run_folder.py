@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launch.config import TrainConfig, keys_of, resolved
+from launch.going_back import set_aside, way_back
 from launch.records import truncate_records
 from parallel.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from parallel.files import write_atomically
@@ -21,6 +22,10 @@ from relora.errors import ConfigError
 
 # What may differ between two attempts at the same run: where it runs, how it is watched, how memory is used.
 _FREE = (
+    "continual.tasks",
+    "continual.split",
+    "continual.restart_from",
+    "continual.save_models",
     "lte.heads",
     "lte.transport",
     "checkpoint.",
@@ -67,6 +72,8 @@ class RunFolder:
     """Whether summary.json says that the run is done."""
     notices: list[str]
     """What the user should know about what was found."""
+    abandoned: list[Path] = field(default_factory=list)
+    """Checkpoints of tasks that continual.restart_from takes back."""
 
     @property
     def checkpoints(self) -> Path:
@@ -83,15 +90,16 @@ class RunFolder:
         """The singular values at each restart."""
         return self.path / "spectra.jsonl"
 
-    def begin(self, config: TrainConfig, environment: dict[str, Any], *, step: int) -> None:
+    def begin(self, config: TrainConfig, environment: dict[str, Any], *, step: int, total: int) -> None:
         """Write what describes the run, and drop the records of steps that will be done again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        set_aside(self.abandoned)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
         done = step if self.resume or step else -1  # a head that joins others has no checkpoint to go on from
         truncate_records(self.metrics, done)
         # The last cycle is measured after the last step, so a run that was killed at its very end measures it again.
-        truncate_records(self.spectra, done - 1 if done == config.total_steps else done)
+        truncate_records(self.spectra, done - 1 if done == total else done)
 
     @property
     def tracker_id(self) -> str | None:
@@ -130,10 +138,16 @@ def find(config: TrainConfig, path: Path) -> RunFolder:
     folder = RunFolder(path=path, resume=None, finished=False, notices=[])
     if (path / "config.yaml").exists():
         _same_run(config, path)
-        folder.finished = _status(path) == "done"
+        folder.finished = _status(path) == "done" and not _more_tasks(config, path)
         folder.resume, damaged = newest_checkpoint(folder.checkpoints)
         taken = f"resuming from {folder.resume.folder.name}" if folder.resume else "starting from the beginning"
         folder.notices = [f"damaged checkpoint: {problem}; {taken}" for problem in damaged]
+    if config.continual is not None and config.continual.restart_from is not None:
+        way = way_back(folder.checkpoints, folder.resume, config.continual.restart_from)
+        if way is not None:
+            folder.resume, folder.abandoned = way
+            folder.finished = False
+            folder.notices.append(f"going back to the beginning of task {config.continual.restart_from}")
     if folder.resume is None and choice not in ("auto", "never"):
         folder.resume = _named(Path(choice).expanduser())
         folder.notices += _check_branch(config, folder.resume)
@@ -197,6 +211,12 @@ def _same_run(config: TrainConfig, path: Path) -> None:
             f"run.dir={path} holds a run with another configuration ({'; '.join(lines)}). Start the same command to "
             f"continue it, name another run.dir, or branch off it with a new run.dir and checkpoint.resume={path}"
         )
+
+
+def _more_tasks(config: TrainConfig, path: Path) -> bool:
+    """Whether the stream has changed since the run was done; what has been trained is compared later."""
+    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    return any(_at(stored, key) != _at(resolved(config), key) for key in ("continual.tasks", "continual.split"))
 
 
 def _check_branch(config: TrainConfig, checkpoint: Checkpoint) -> list[str]:

@@ -14,6 +14,8 @@ from launch.config import resolved
 from launch.description import describe
 from launch.forms import write_folder
 from launch.head_state import KIND, held_of_syncs, load_syncs
+from launch.method_state import KIND as METHOD
+from launch.method_state import held_of_method, load_method
 from launch.model import in_place_of
 from launch.run import Run
 from launch.snapshot import Snapshot, is_shared, of_head
@@ -34,20 +36,22 @@ def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of the run as it is after its last step, or begin to, and drop old ones."""
     state = run.state
     state.note_best(step_name(state.step))
-    held: Held = {**_held(run), "generators": _generators(run.runtime)}
+    held: Held = {**_held(run), "generators": _generators(run.runtime), METHOD: held_of_method(run)}
     if run.sync is not None:
         held[KIND] = held_of_syncs(run)
     plain = {
         "run": state.to_dict(),
         "config": resolved(run.config),
-        "data": run.data.fingerprint,
+        "data": run.course.facts,
+        "class_names": run.course.class_names,
         "data_processes": run.runtime.batch.size,
+        METHOD: run.method.state().values,
     }
     if run.sync is not None:
         mine = {str(head): one.own() for head, one in zip(run.places, run.states, strict=True)}
         by_process = gather_objects(run.runtime, mine)
         plain["heads"] = {head: own for heads in reversed(by_process) for head, own in heads.items()}
-    run.saver.save(state.step, held, plain, best=state.best_checkpoint)
+    run.saver.save(state.step, held, plain, best=state.best_checkpoint, kept=state.boundaries)
     note_published(run)
 
 
@@ -90,6 +94,7 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
     reads = [_reader(checkpoint, run, head) for head in run.places]
     store.load(*(_first_cycle(read, run.model) if begins else read for read in reads))
     _set_generators(checkpoint, run)
+    load_method(run, checkpoint)
     if run.sync is not None:
         of_heads = checkpoint.state.get("heads", {})
         for head, state in zip(run.places, run.states, strict=True):
@@ -98,9 +103,21 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
     return begins
 
 
+def load_weights(run: Run, checkpoint: Checkpoint) -> None:
+    """Take over the weights of a checkpoint of this run and nothing else."""
+    reads = _reader(checkpoint, run, 0)
+    begins = run.conversion is not None and not any(name.endswith(".down") for name in checkpoint.names("model"))
+    read = _first_cycle(reads, run.model) if begins else reads
+
+    def weights(kind: str, name: str, region: Region) -> Tensor | None:
+        return read(kind, name, region) if kind == "model" or name.endswith("/master") else None
+
+    run.engine.store.load(weights)
+
+
 def save_folder(run: Run, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder into the run folder, from a checkpoint's files, on the main process."""
-    description = describe(run.config.model, run.hf_config, run.data.tokenizer)
+    description = describe(run.config.model, run.hf_config, run.course.tokenizer)
 
     def write() -> None:
         snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora)
@@ -152,9 +169,27 @@ def _reader(checkpoint: Checkpoint, run: Run, head: int) -> Read:
     def read(kind: str, name: str, region: Region) -> Tensor | None:
         own = _stored_name(run, kind, name, head)
         stored = own if own in names[kind] else name  # of a warm start, all heads take the same
-        return checkpoint.part(kind, stored, region) if stored in names[kind] else None
+        if stored not in names[kind]:
+            return None
+        grown = _grown(checkpoint, run, kind, stored, region)
+        return checkpoint.part(kind, stored, region) if grown is None else grown
 
     return read
+
+
+def _grown(checkpoint: Checkpoint, run: Run, kind: str, name: str, region: Region) -> Tensor | None:
+    """A tensor of a classifier's outputs, when tasks with further classes have been added since; else None.
+
+    The outputs of these classes are as drawn.
+    """
+    parameter, _, moment = name.partition("/")
+    shape = checkpoint.shape(kind, name)
+    before, now = len(checkpoint.state["class_names"]), len(run.course.class_names)
+    if not (0 < before < now and parameter in run.outputs and shape and shape[0] == before and region.shape[0] == now):
+        return None
+    whole_tensor = torch.zeros(region.shape) if moment.startswith("exp_avg") else run.outputs[parameter].clone()
+    whole_tensor[:before] = checkpoint.whole(kind, name)
+    return region.take(whole_tensor)
 
 
 def _first_cycle(read: Read, model: nn.Module) -> Read:

@@ -11,9 +11,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from launch.model import model_class
 from parallel.checkpoint import Checkpoint
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
@@ -53,7 +54,7 @@ class Snapshot:
         self._heads = self._stored != stored
         self._own = {name for name in optimized if name.startswith(of_head(0, ""))}
         with torch.device("meta"):
-            self.skeleton: nn.Module = AutoModelForCausalLM.from_config(hf_config)
+            self.skeleton: nn.Module = model_class(hf_config).from_config(hf_config)
         self._plain = self.skeleton.state_dict(keep_vars=True)
         first = {id(parameter): name for name, parameter in self.skeleton.named_parameters()}
         self._first_name = {name: first.get(id(tensor), name) for name, tensor in self._plain.items()}

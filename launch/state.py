@@ -29,6 +29,14 @@ class RunState:
     """Of this head among elastic ones."""
     era: int = 0
     """How often a run of elastic heads had gone back to a checkpoint."""
+    begun: int = 0
+    """Stages of a stream that have begun."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """What each task's samples gave, before the stream and after each stage: the rows of the matrix."""
+    boundaries: list[str] = field(default_factory=list)
+    """Folder names of the checkpoints at the ends of stages."""
+    gone_back: str | None = None
+    """The task that continual.restart_from went back to, last."""
     learned: list[float] = field(default_factory=list)
     """Targets that this head has learned from since the last sync of each fragment of LTE's layers."""
     skipped: list[int] = field(default_factory=list)
@@ -64,6 +72,10 @@ class RunState:
             return
         if self.best_val_loss is None or self.val_loss < self.best_val_loss:
             self.best_val_loss, self.best_checkpoint = self.val_loss, checkpoint
+
+    def forget_spikes(self) -> None:
+        """Let the guard look at a new task without the memory of the one before."""
+        self.losses, self.grad_norms = [], []
 
     def own(self) -> dict[str, Any]:
         """What differs between LTE's heads."""

@@ -12,28 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from continual.data import Data, open_data
+from continual.config import ContinualConfig
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.console import Console, make_console
+from launch.course import Course, make_method, model_of_course, open_course
 from launch.elastic import begin_state, come, enter
 from launch.environment import environment
 from launch.flops import peak_flops
 from launch.guard import Guard, TrainingDiverged
 from launch.heads import begin_heads
 from launch.loop import evaluate, train, validation_loss
-from launch.model import model_config, name_special_tokens, save_model
+from launch.model import model_class, save_model
+from launch.pace import cycles
 from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.prepare import following, show_data
 from launch.report import report
+from launch.resuming import check_course
 from launch.run import Run, measure_update, show_model
 from launch.run_folder import RunFolder, default_folder, find, locked
 from launch.saves import adopt_start, last_checkpoint, load_checkpoint, save_folder, seed_dropout
 from launch.signals import StopRequest, listening
 from launch.skeleton import step_flops
 from launch.spectra import Spectra
+from launch.stages import make_trainee
 from launch.state import RunState
 from launch.tracker import open_tracker
 from launch.usage import asks_for_help, train_help
@@ -45,7 +48,6 @@ from parallel.launchers import own_words
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
-from relora.errors import ConfigError
 from relora.lte import bounded_layers
 
 _BOUNDED = (
@@ -95,13 +97,11 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     Nothing is written to the run folder before data and model have passed their checks.
     """
     _set_numerics(config)
-    data = _open_data(config, runtime, console)
-    hf_config = model_config(config.model, vocab_size=data.vocab_size, sequence_length=config.data.sequence_length)
-    if config.model.name_or_path is None:
-        name_special_tokens(hf_config, data.tokenizer)
-    elastic = come(config, folder, runtime, data, console.info)
+    course = _open_course(config, runtime, console)
+    hf_config = model_of_course(config, course)
+    elastic = come(config, folder, runtime, course, console.info)
     resume = folder.resume
-    state = _counters(folder, data, elastic)
+    state = _counters(folder, course, elastic, config.continual)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
@@ -110,18 +110,22 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, heads=heads)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
-    on_main(runtime, lambda: folder.begin(config, here, step=state.step))
+    on_main(runtime, lambda: folder.begin(config, here, step=state.step, total=course.total_steps))
     if resume is None and config.run.save_start and phase.conversion is not None:
-        on_main(runtime, lambda: save_model(phase.model, folder.path / "start", data.tokenizer, dtype=torch.float32))
+        on_main(runtime, lambda: save_model(phase.model, folder.path / "start", course.tokenizer, dtype=torch.float32))
     run = Run(
         config=config,
         folder=folder,
         runtime=runtime,
         apart=apart,
-        data=data,
+        course=course,
+        method=make_method(config),
+        stage=course.stage(max(0, state.step - 1)),
         hf_config=hf_config,
         engine=make_engine_of_heads(phase, config, runtime),
         conversion=phase.conversion,
+        outputs=phase.outputs,
+        targets=phase.targets,
         state=state,
         guard=Guard(
             sigma=config.training.skip_sigma,
@@ -129,11 +133,12 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
             max_skips=config.training.max_skips,
         ),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(config, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
+        watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
         spectra=_spectra(config, folder),
         elastic=elastic,
     )
+    run.trainee = make_trainee(run)
     begin_heads(run)
     _introduce(run)
     if bounded:
@@ -148,12 +153,16 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     return run
 
 
-def _counters(folder: RunFolder, data: Data, elastic: ElasticHeads | None) -> RunState:
+def _counters(
+    folder: RunFolder, course: Course, elastic: ElasticHeads | None, continual: ContinualConfig | None
+) -> RunState:
     """What the run knows of itself as it begins."""
     state = RunState()
     if folder.resume is not None:
         state = RunState.from_dict(folder.resume.state["run"])
-        _check_data(folder, data)
+        check_course(folder, course, state.begun)
+        if continual is not None:
+            state.gone_back = continual.restart_from
     if elastic is not None:
         begin_state(elastic, state)
     return state
@@ -161,6 +170,7 @@ def _counters(folder: RunFolder, data: Data, elastic: ElasticHeads | None) -> Ru
 
 def _resume(run: Run, resume: Checkpoint) -> None:
     begins_low_rank = load_checkpoint(run, resume)
+    run.saver.last = run.state.step
     if not begins_low_rank:
         adopt_start(run, resume)
     elif run.config.run.save_start:
@@ -180,7 +190,7 @@ def execute(run: Run) -> int:
     if state.step == 0:
         evaluate(run)
     try:
-        with watch.console.progress(run.config.total_steps, state.step) as watch.progress:
+        with watch.console.progress(run.course.total_steps, state.step) as watch.progress:
             complete = train(run)
     except TrainingDiverged:
         run.saver.wait()
@@ -259,9 +269,11 @@ def _written_loss(run: Run, live_loss: float) -> float:
     if not all(gather_objects(run.runtime, has_room(run.runtime.device, size))):
         run.watch.say(f"final/ is not loaded again: a process has no room for its {size:,} bytes")
         return live_loss
-    model = AutoModelForCausalLM.from_pretrained(
-        final, dtype=run.config.torch_dtype, attn_implementation=run.config.model.attention
-    ).to(run.runtime.device)
+    model = (
+        model_class(run.hf_config)
+        .from_pretrained(final, dtype=run.config.torch_dtype, attn_implementation=run.config.model.attention)
+        .to(run.runtime.device)
+    )
     return validation_loss(run, model)
 
 
@@ -279,33 +291,28 @@ def _check_processes(config: TrainConfig, runtime: Runtime) -> None:
 def _find(config: TrainConfig, path: Path, runtime: Runtime) -> RunFolder:
     """The run folder as the main process finds it."""
 
-    def found() -> tuple[Path | None, bool, list[str]]:
+    def found() -> tuple[Path | None, bool, list[str], list[Path]]:
         folder = find(config, path)
         resume = None if folder.resume is None else folder.resume.folder
-        return resume, folder.finished, folder.notices
+        return resume, folder.finished, folder.notices, folder.abandoned
 
-    resume, finished, notices = on_main(runtime, found)
+    resume, finished, notices, abandoned = on_main(runtime, found)
     checkpoint = open_checkpoint(resume) if resume is not None else None
-    return RunFolder(path=path, resume=checkpoint, finished=finished, notices=notices)
+    return RunFolder(path=path, resume=checkpoint, finished=finished, notices=notices, abandoned=abandoned)
 
 
-def _open_data(config: TrainConfig, runtime: Runtime, console: Console) -> Data:
+def _open_course(config: TrainConfig, runtime: Runtime, console: Console) -> Course:
     """Open the data, on the main process first: it prepares what is not prepared yet."""
 
-    def opened() -> Data:
+    def opened() -> Course:
         with following(console) as progress:
-            return open_data(config.data, seed=config.run.seed, progress=progress)
+            return open_course(config, progress)
 
-    ours: list[Data] = []
+    ours: list[Course] = []
     on_main(runtime, lambda: ours.append(opened()))
-    data = ours[0] if ours else opened()
-    way_out = "let all of them read the same files"
-    same_on_all(runtime, "the data (its fingerprint)", data.fingerprint[:12], way_out)
-    if data.validation is None:
-        raise ConfigError(
-            "data.validation_fraction=0 without data.validation_path leaves nothing to validate on: set one of them"
-        )
-    return data
+    course = ours[0] if ours else opened()
+    same_on_all(runtime, "the data (its fingerprint)", course.fingerprints, "let all of them read the same files")
+    return course
 
 
 def _set_numerics(config: TrainConfig) -> None:
@@ -316,23 +323,15 @@ def _set_numerics(config: TrainConfig) -> None:
     torch.use_deterministic_algorithms(config.run.deterministic)
 
 
-def _check_data(folder: RunFolder, data: Data) -> None:
-    assert folder.resume is not None
-    if folder.resume.state["data"] != data.fingerprint and folder.resume.folder.parent == folder.checkpoints:
-        raise ConfigError(
-            f"the data has changed since {folder.resume.folder} was written (fingerprint "
-            f"{folder.resume.state['data'][:12]} then, {data.fingerprint[:12]} now), so the run cannot go on exactly: "
-            f"restore it, or branch off with a new run.dir and checkpoint.resume={folder.path}"
-        )
-
-
 def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     if config.lora is None or not config.run.save_start or config.evaluation.spectra.value == "none":
         return None
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
 
 
-def _watch(config: TrainConfig, folder: RunFolder, console: Console, runtime: Runtime, flops: int) -> Watch:
+def _watch(
+    config: TrainConfig, course: Course, folder: RunFolder, console: Console, runtime: Runtime, flops: int
+) -> Watch:
     tracker = open_tracker(
         config.tracker if runtime.is_main else None,
         run_dir=folder.path,
@@ -344,9 +343,6 @@ def _watch(config: TrainConfig, folder: RunFolder, console: Console, runtime: Ru
     if tracker.run_id is not None:
         folder.write_tracker_id(tracker.run_id)
     peak = config.training.peak_flops or peak_flops(runtime.device, config.torch_dtype)[0]
-    cycles = None
-    if config.relora is not None:
-        cycles = -(-(config.total_steps - config.warm_start_steps) // config.relora.every)
     return Watch(
         metrics=folder.metrics if runtime.is_main else None,
         console=console,
@@ -355,15 +351,14 @@ def _watch(config: TrainConfig, folder: RunFolder, console: Console, runtime: Ru
         log_every=config.run.log_every,
         flops_per_step=flops,
         peak_flops=peak * runtime.world_size,
-        cycles=cycles,
+        cycles=None if course.is_stream else cycles(config, course.stages[0]),
     )
 
 
 def _introduce(run: Run) -> None:
     """Print what is about to be trained on what."""
     run.watch.say(f"run folder: {run.folder.path}")
-    total = run.config.total_steps * run.config.training.global_batch_size
-    show_data(run.watch.console, run.data.describe(total))
+    show_data(run.watch.console, run.course.rows)
     show_model(run)
 
 

@@ -31,6 +31,7 @@ def begin_low_rank(run: Run) -> None:
         heads=hosted_heads(run.config, run.runtime, run.state.step),
     )
     run.conversion = phase.conversion
+    run.targets = phase.targets
     run.engine = make_engine_of_heads(phase, run.config, run.runtime)
     begin_heads(run)
     load_checkpoint(run, checkpoint)

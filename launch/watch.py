@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Watch:
         tokens: int,
         seconds: float,
         head: int | None = None,
+        task: str | None = None,
+        measures: Mapping[str, float] | None = None,
     ) -> None:
         """Record one update, if its turn has come."""
         self._seconds += seconds
@@ -62,7 +65,8 @@ class Watch:
             "tokens_per_second": round(self._tokens / max(self._seconds, 1e-9), 1),
             "memory_bytes": memory_bytes(self.device),
         }
-        record |= {key: value for key, value in (("cycle", cycle), ("head", head)) if value is not None}
+        record |= {key: value for key, value in (("cycle", cycle), ("head", head), ("task", task)) if value is not None}
+        record |= measures or {}
         if self.flops_per_step:
             record["flops_per_second"] = round(self.flops_per_step * self._steps / max(self._seconds, 1e-9))
             if self.peak_flops:

@@ -43,6 +43,8 @@ class Saver:
         self._mine: set[tuple[str, str]] = set()
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._published: deque[str] = deque()
+        self.last: int | None = None
+        """Step of the checkpoint that was written, or loaded, last."""
         if runtime.is_main:
             remove_partial(root)
         barrier(runtime)
@@ -75,6 +77,7 @@ class Saver:
         )
         self._writing = Writing(draft, self._published.append)
         self._writing.start()
+        self.last = step
         if not self._config.asynchronous:
             self.wait()
 

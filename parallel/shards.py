@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from parallel.collectives import sum_over
 from parallel.places import Place, drop_whole, is_partitioned, piece, piece_range, state_of
@@ -200,6 +201,27 @@ class Shards:
         start, values = self._exact(parameter)
         region = self._region(parameter).flat(start, len(values))
         return self._whole(region, values.float(), parameter, spread=self._spread or is_partitioned(parameter))
+
+    def cut(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """What tensor parallelism leaves here of a whole tensor with a parameter's shape."""
+        return self._region(parameter).cut(whole)
+
+    def whole_inputs(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """A linear layer's inputs with all features. Shapes: (..., part of in) -> (..., in)."""
+        parameter = module.down if isinstance(module, LowRankLinear) else module.get_parameter("weight")
+        region = self._region(parameter)
+        features = region.shape[0 if isinstance(module, Conv1D) else -1]
+        if inputs.shape[-1] == features:
+            return inputs
+        assert region.ranges is not None
+        whole = inputs.new_zeros(*inputs.shape[:-1], features)
+        Region(tuple(whole.shape), whole.ndim - 1, region.ranges).put(whole, inputs)
+        return sum_over(self._runtime.tensor, whole)
+
+    def as_held(self, parameter: nn.Parameter, part: Tensor) -> tuple[Region, Tensor]:
+        """A tensor like `master` as a checkpoint keeps it."""
+        region = self._optimizer_region(parameter)
+        return region, part if region.is_flat else part.view(region.cut_shape)
 
     @torch.no_grad()
     def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -6,7 +6,7 @@ from enum import Enum
 
 from torch import nn
 
-from relora.targets import output_embedding
+from relora.targets import output_layer
 
 
 class ParameterKind(str, Enum):
@@ -17,7 +17,7 @@ class ParameterKind(str, Enum):
     norms = "norms"
     """One-dimensional weights of normalisation layers."""
     head = "head"
-    """The output embedding, when it is not tied."""
+    """The layer that makes logits, when it is not tied: the output embedding, or that of a classifier."""
     biases = "biases"
     """Every bias, those of low-rank layers and of normalisation layers too."""
     other = "other"
@@ -27,7 +27,7 @@ class ParameterKind(str, Enum):
 def parameter_kinds(model: nn.Module) -> dict[int, ParameterKind]:
     """Return each parameter's kind by identity; embeddings go first, so a tied head counts with them."""
     kinds: dict[int, ParameterKind] = {}
-    head = output_embedding(model)
+    head = output_layer(model)
     for module in sorted(model.modules(), key=lambda module: not isinstance(module, nn.Embedding)):
         for name, parameter in module.named_parameters(recurse=False):
             kinds.setdefault(id(parameter), _kind(module, name, parameter, module is head))

@@ -47,6 +47,16 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes logits: the output embedding, or that of a classifier."""
+    found = output_embedding(model)
+    if found is not None:
+        return found
+    outputs = getattr(getattr(model, "config", None), "num_labels", None)
+    heads = [getattr(model, name, None) for name in ("classifier", "score")]
+    return next((head for head in heads if isinstance(head, nn.Linear) and head.out_features == outputs), None)
+
+
 def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Module]:
     """Return the linear layers that lora.target_modules names.
 
@@ -55,7 +65,7 @@ def find_targets(model: nn.Module, wanted: str | list[str]) -> dict[str, nn.Modu
     # Subclasses of nn.Linear may compute something else, so only the two plain layers count.
     linear = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
     if wanted == ALL_LINEAR:
-        head = output_embedding(model)
+        head = output_layer(model)
         targets = {name: module for name, module in linear.items() if module is not head}
     elif isinstance(wanted, str):
         targets = {name: module for name, module in linear.items() if re.fullmatch(wanted, name)}

@@ -19,6 +19,9 @@ class PlainTrainee:
         self.store = PlainStore(self.optimizer)
         self.start = {name: value.clone() for name, value in model.state_dict().items()}
 
+    def targets(self):
+        return self.layers
+
     def trainable(self):
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from continual.batches import Batch
+from continual.method import Term
 from launch.objective import accumulate
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
@@ -278,7 +279,7 @@ def _together(world, heads, settings):
             ids = torch.cat([_batches(head)[step - 1] for head in others.hosted])
             batch = Batch(inputs={"input_ids": ids}, labels=ids)
             targets = [batch.targets // count] * count
-            part = accumulate(engine, batch, targets=targets, microbatch_size=SEQUENCES, device=runtime.device)
+            part = accumulate(engine, Term(name="task", batch=batch), targets=targets, microbatch_size=SEQUENCES, device=runtime.device)
             losses.append(part.tolist())
             results = engine.step(RATE["lr"], [lambda norm: None] * count)
             assert all(result.refused is None for result in results)

@@ -1,0 +1,40 @@
+"""The methods by their names in the configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from continual.method import Method
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One method."""
+
+    kind: type[Method]
+    make: Callable[[Any], Method]
+    """From the section `continual`."""
+    sections: tuple[str, ...] = ()
+    """Parts of the section that it reads."""
+    low_rank: bool = False
+    """Whether it works on factors only, so that lora=none is refused."""
+    restarts: bool = True
+    """Whether factors may be merged and drawn anew inside a task."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether base weights take up each task's update at its end."""
+        return self.kind.folds
+
+    @property
+    def trains_down(self) -> bool:
+        """Whether `down` trains."""
+        return self.kind.trains_down
+
+
+METHODS: dict[str, Entry] = {
+    "sequential": Entry(kind=Method, make=lambda config: Method()),
+    "joint": Entry(kind=Method, make=lambda config: Method()),
+    "per_task": Entry(kind=Method, make=lambda config: Method()),
+}
+"""`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""

@@ -1,0 +1,41 @@
+"""What a continual method remembers, in checkpoints: plain values, whole tensors, and parts of parameters."""
+
+from torch import Tensor
+
+from continual.method import MethodState
+from launch.run import Run
+from parallel.checkpoint import Checkpoint
+from parallel.engine import Engine
+from parallel.regions import Region, whole
+
+KIND = "method"
+_WHOLE, _PART = "whole/", "part/"
+
+
+def held_of_method(run: Run) -> dict[str, tuple[Region, Tensor]]:
+    """Its tensors under the names of checkpoints; a part's name tells its parameter, too."""
+    state, held = run.method.state(), {}
+    for name, tensor in state.tensors.items():
+        held[_WHOLE + name] = whole(tensor), tensor
+    for name, (parameter, part) in state.parts.items():
+        assert isinstance(run.engine, Engine)
+        store = run.engine.store
+        held[f"{_PART}{name}:{store.name(parameter)}"] = store.as_held(parameter, part)
+    return held
+
+
+def load_method(run: Run, checkpoint: Checkpoint) -> None:
+    """Give the method back what it remembered, cut for this layout of processes."""
+    state = MethodState(values=checkpoint.state[KIND])
+    parameters = dict(run.model.named_parameters())
+    for name in checkpoint.names(KIND):
+        if name.startswith(_WHOLE):
+            state.tensors[name.removeprefix(_WHOLE)] = checkpoint.whole(KIND, name).clone()
+            continue
+        own, _, of = name.removeprefix(_PART).partition(":")
+        parameter = parameters[of]
+        if parameter.requires_grad:
+            assert isinstance(run.engine, Engine)
+            part = checkpoint.part(KIND, name, run.engine.store.master_region(parameter))
+            state.parts[own] = parameter, part.reshape(-1).to(run.runtime.device, copy=True)
+    run.method.load(state)

@@ -1,0 +1,98 @@
+"""How well the model does on each task of a stream: loss, perplexity, accuracy; on all processes together."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from continual.batches import Batch, HeldOut
+from continual.classes import Scenario
+from continual.method import Stage, TaskKind
+from launch.objective import called, competing, row_losses, turns, validation_batches
+from launch.run import Run
+from parallel.collectives import sum_over
+from parallel.runtime import Axis
+
+Score = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measuring:
+    """How samples are measured."""
+
+    axis: Axis
+    """Processes that take turns."""
+    device: torch.device
+    size: int
+    """Samples per forward of a process."""
+    sequences: int | None
+    """Samples of each set; None: all."""
+    classes: int
+    """Outputs of the classifier; 0 for a language model."""
+    scenario: Scenario
+
+
+def scores_of(model: nn.Module, tasks: Sequence[Stage], after: Stage | None, measuring: Measuring) -> dict[str, Score]:
+    """The scores of all tasks that can be measured after a stage, or before the stream, by name.
+
+    Classes that no task has brought yet cannot be, unless all tasks have the same.
+    """
+    scores: dict[str, Score] = {}
+    for task in tasks:
+        seen = tasks[0].seen if after is None else after.seen
+        known = after is not None and set(task.data.classes) <= set(seen)
+        if measuring.classes and not known and measuring.scenario is not Scenario.domain:
+            continue
+        among = task.data.classes if measuring.scenario is Scenario.task else seen
+        for label, held_out in task.data.held_out.items():
+            name = task.name if task.kind is not TaskKind.forget else f"{task.name}/{label}"
+            scores[name] = measured(model, held_out, among, task.data.classes, measuring)
+    return scores
+
+
+def measuring_of(run: Run) -> Measuring:
+    """How a run measures."""
+    config, continual = run.config, run.config.continual
+    assert continual is not None
+    return Measuring(
+        axis=run.runtime.batch,
+        device=run.runtime.device,
+        size=config.validation_batch(run.runtime.batch.size),
+        sequences=config.evaluation.sequences,
+        classes=len(run.course.class_names),
+        scenario=continual.scenario,
+    )
+
+
+@torch.no_grad()
+def measured(
+    model: nn.Module, held_out: HeldOut, among: Sequence[int], own: Sequence[int], measuring: Measuring
+) -> Score:
+    """Loss and perplexity per target; of a classifier the accuracy among some classes, and among a task's own."""
+    device, classes = measuring.device, measuring.classes
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, targets, samples, right, right in the task
+    was_training = model.training
+    model.eval()
+    batches = validation_batches(held_out, sequences=measuring.sequences, size=measuring.size)
+    for mine, counts in turns(batches, measuring.axis, 1):
+        batch = (mine.among(among, classes) if classes else mine).to(device)
+        output = called(model, batch)
+        of_batch = [float(row_losses(model, output, batch).double().sum()), batch.targets, len(batch)]
+        if classes:
+            of_batch += [_right(output.logits, batch), _right(output.logits, batch.among(own, classes))]
+        if counts:
+            sums[: len(of_batch)] += torch.tensor(of_batch, dtype=torch.float64, device=device)
+    model.train(was_training)
+    loss_sum, targets, samples, right, right_in_task = sum_over(measuring.axis, sums).tolist()
+    loss = loss_sum / max(targets, 1.0)
+    score: Score = {"loss": loss, "samples": int(samples)}
+    if classes:
+        return score | {"accuracy": right / samples, "accuracy_in_task": right_in_task / samples}
+    return score | {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _right(logits: Tensor, batch: Batch) -> int:
+    return int((competing(logits, batch).argmax(1) == batch.labels).sum())

@@ -1,0 +1,54 @@
+"""Rules about streams of tasks that span sections of the configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from continual.config import Competing, ContinualConfig
+from continual.methods.registry import METHODS
+from relora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.config import TrainConfig
+
+
+def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
+    """Refuse what a stream cannot be combined with.
+
+    Raises: ConfigError
+    """
+    entry, method = METHODS[continual.method], continual.method
+    for key in ("steps", "tokens"):
+        if getattr(config.training, key) is not None:
+            raise ConfigError(
+                f"training.{key}={getattr(config.training, key)} has no effect on a stream, whose tasks have steps "
+                "or epochs of their own: set it to null"
+            )
+    if config.data.path is not None:
+        raise ConfigError(
+            f"data.path={config.data.path} has no effect on a stream, whose tasks name their data: set it to null"
+        )
+    if config.lte is not None:
+        raise ConfigError("lte trains on one task: choose lte=none for a stream, or continual=none")
+    if entry.low_rank and config.lora is None:
+        raise ConfigError(f"continual.method={method} works on low-rank factors: choose lora=lora, or another method")
+    if not entry.restarts and config.relora is not None:
+        raise ConfigError(
+            f"continual.method={method} remembers factors, which restarts draw anew: choose relora=none, or "
+            "another method"
+        )
+    relora, full_rank = config.relora, continual.full_rank_steps
+    if relora is not None and relora.warm_start_steps and full_rank:
+        raise ConfigError(
+            f"relora.warm_start_steps={relora.warm_start_steps} has no effect, since the first tasks train at full "
+            "rank: set it to 0"
+        )
+    if full_rank and config.lora is None:
+        raise ConfigError(
+            "full_rank: true has no effect with lora=none, where all tasks train at full rank: leave it out"
+        )
+    if continual.logits is Competing.task and method in ("replay", "i_lora", "joint"):
+        raise ConfigError(
+            f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
+            "on them: choose continual.logits=seen"
+        )
