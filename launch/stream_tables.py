@@ -38,14 +38,13 @@ _PERPLEXITY = Unit(name="perplexity", scale=1.0, digits=2)
 _CHANGES = {"forgetting": "forgetting", "forgetting_chaudhry": "Chaudhry's", "bwt": "BWT", "fwt": "FWT"}
 _LEVELS = ("last", "average", "learning")
 AUDIT = {
-    "forget_before": "Acc_f before",
-    "forget_after": "Acc_f after",
-    "retain_before": "Acc_r before",
-    "retain_after": "Acc_r after",
-    "forgotten_earlier": "Acc of forgotten before",
+    "forgotten_before": "Acc_f before",
+    "forgotten_after": "Acc_f after",
+    "retained_before": "Acc_r before",
+    "retained_after": "Acc_r after",
+    "earlier_after": "Acc_old",
+    "drop": "drop",
     "h_mean": "H-mean",
-    "zeroed_groups": "zeroed groups",
-    "groups": "groups",
 }
 """What audits of forgetting tell, in the words of GS-LoRA."""
 
@@ -88,10 +87,12 @@ def cost_table(group: StreamGroup) -> Table:
 
 def audit_table(stream: Stream) -> Table | None:
     """What each stage forgot on purpose, and what was kept; None if no stage was audited."""
-    audits = {stage.task: flat(stage.audit) for stage in stream.stages if stage.audit is not None}
+    audits = {stage.task: stage.audit for stage in stream.stages if stage.audit is not None}
     if not audits:
         return None
-    keys = dict.fromkeys(key for audit in audits.values() for key, value in audit.items() if _is_plain(value))
+    keys = dict.fromkeys(
+        key for audit in audits.values() for key, value in audit.items() if _is_plain(value) and key != "request"
+    )
     ordered = [key for key in AUDIT if key in keys] + [key for key in keys if key not in AUDIT]
     rows: list[list[object]] = [
         [task, *(_rounded(audit.get(key)) for key in ordered)] for task, audit in audits.items()
