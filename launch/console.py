@@ -3,6 +3,7 @@
 Callers decide what is said; the words for values are in launch/readings.py, and records have their own file.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -253,6 +254,13 @@ class _TrainingBar:
 def _numeric(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[bool]:
     return [
         any(row[column] is not None for row in rows)
-        and all(row[column] is None or isinstance(row[column], (int, float)) for row in rows)
+        and all(row[column] is None or _is_number(row[column]) for row in rows)
         for column in range(len(columns))
     ]
+
+
+def _is_number(value: object) -> bool:
+    """Whether a cell is a number, or the text of one, maybe with its deviation in brackets."""
+    if isinstance(value, str):
+        return re.fullmatch(r"-?\d+\.\d+( \(\d+\.\d+\))?", value) is not None
+    return isinstance(value, (int, float))

@@ -14,8 +14,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from launch import exits, figures, sync_figures
+from launch.console import Console, SilentConsole, make_console
 from launch.history import History, differences, read_histories
 from launch.readings import cell
+from launch.stream_groups import families, group_streams
+from launch.stream_report import draw_streams, stream_tables
+from launch.stream_tables import markdown
 from relora.errors import ConfigError
 
 _OUTCOME = (
@@ -43,20 +47,25 @@ th, td { padding: .25em .9em .25em 0; border-bottom: 1px solid #e5e5e5; text-ali
 """
 
 
-def report(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
+def report(run_dirs: Sequence[Path], out: Path | None = None, console: Console | None = None) -> list[Path]:
     """Write the figures and report.html of some runs into a folder; returns the files, the page last.
 
+    The console shows what became of streams: of one method all tables, of several those that compare them.
     The folder is `report` in the run folder, or in the current one for several runs.
     Raises: ConfigError when a folder is not a run's or holds no metrics.
     """
+    console = console or SilentConsole()
     histories = read_histories(run_dirs)
     folder = out or (run_dirs[0] / "report" if len(run_dirs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {folder} cannot be made: {error.strerror}; name another folder") from error
+    groups = group_streams(histories)
+    tables = stream_tables(groups)
+    compared = len(families(groups))
     files, sections = [], []
-    for name, title, caption, figure in _draw(histories):
+    for name, title, caption, figure in (*_draw(histories), *draw_streams(groups)):
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=130)
         files.append(path)
@@ -65,6 +74,14 @@ def report(run_dirs: Sequence[Path], out: Path | None = None) -> list[Path]:
             f'<h2>{html.escape(title)}</h2><figure><img alt="{html.escape(title)}" '
             f'src="data:image/png;base64,{image}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         )
+    if tables:
+        files.append(folder / "streams.md")
+        texts = (f"## {title}\n\n{markdown(table)}" for title, table in tables)
+        files[-1].write_text("\n".join(texts), encoding="utf-8")
+        for title, (columns, rows) in tables if len(groups) == 1 else tables[:compared]:
+            console.table(title, columns, rows)
+    told = [f"<h2>{html.escape(title)}</h2>{_table(*table)}" for title, table in tables]
+    sections = [*told[:compared], *sections, *told[compared:]]
     page = folder / "report.html"
     page.write_text(_page(histories, sections), encoding="utf-8")
     return [*files, page]
@@ -78,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
 
     def draw() -> int:
-        for file in report(asked.run_dirs, asked.out):
+        for file in report(asked.run_dirs, asked.out, make_console()):
             print(file)
         return exits.DONE
 

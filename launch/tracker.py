@@ -7,7 +7,7 @@ With `tracker=none` a run has the plain Tracker, which does nothing.
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,8 +16,13 @@ from types import ModuleType, TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
 from relora.errors import ConfigError
 
+Pixels = NDArray[np.uint8]
+"""A picture. Shapes: (height, width, 4)"""
 _FINISH_SECONDS = 120.0  # of waiting for uploads at the end; `wandb sync` can send the rest later
 
 
@@ -73,6 +78,9 @@ class Tracker:
 
     def figures(self, figures: Mapping[str, Path]) -> None:
         """Take images by name."""
+
+    def matrix(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], draw: Callable[[], Pixels]) -> None:
+        """Take a stream's score matrix, as a table and as what draws it."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Take the run's final values."""
@@ -163,6 +171,14 @@ class WandbTracker(Tracker):
         with self._guard:
             images = {f"figures/{name}": self._wandb.Image(str(path)) for name, path in figures.items()}
             self._run.log({**images, "step": self._step})
+
+    def matrix(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], draw: Callable[[], Pixels]) -> None:
+        """Log the matrix at the last step: as the table stream/matrix and the picture figures/matrix."""
+        picture = draw()
+        with self._guard:
+            table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            image = self._wandb.Image(picture)
+            self._run.log({"stream/matrix": table, "figures/matrix": image, "step": self._step})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Put the final values into the run's table row."""

@@ -35,6 +35,7 @@ def session(code: str, *arguments: object, **environment: str) -> list[str]:
 ATTEMPT = """
 import sys
 from pathlib import Path
+import numpy as np
 from launch.tracker import TrackerConfig, open_tracker
 
 folder, run_id, first = Path(sys.argv[1]), sys.argv[2] or None, int(sys.argv[3])
@@ -48,6 +49,7 @@ tracker.event({"event": "restart", "step": first + 1, "layers": 28, "pruned_shar
 tracker.event({"event": "sync", "step": first + 1, "members": [0, 2], "losses": [2.5, 3.5], "ranks": {"q": 1.0}})
 image = folder / "loss.png"
 tracker.figures({"loss": image})
+tracker.matrix(["after", "a"], [["a", 0.9]], lambda: np.zeros((4, 6, 4), dtype=np.uint8))
 tracker.summary({"status": "done", "val_loss": 3.0, "matrix": [[1.0]]})
 tracker.finish(0)
 print(tracker.run_id)
@@ -156,7 +158,19 @@ def test_figures_and_summary_arrive(attempts):
                 summary |= items(record.summary.update)
         assert summary["status"] == "done"
         assert summary["val_loss"] == 3.0
-    assert len(list(folder.glob("wandb/offline-run-*/files/media/images/figures/*.png"))) == 2
+    assert len(list(folder.glob("wandb/offline-run-*/files/media/images/figures/loss*.png"))) == 2
+    assert len(list(folder.glob("wandb/offline-run-*/files/media/images/figures/matrix*.png"))) == 2
+
+
+def test_a_streams_matrix_arrives_as_a_table_and_a_picture(attempts):
+    folder, _, _ = attempts
+    for records, step in zip(logs(folder), (2, 4), strict=True):
+        rows = [row for row in history(records) if any(key.startswith("stream/matrix") for key in row)]
+        assert [row["step"] for row in rows] == [step]
+    tables = [
+        json.loads(path.read_text()) for path in folder.glob("wandb/offline-run-*/files/media/table/stream/*.json")
+    ]
+    assert [(table["columns"], table["data"]) for table in tables] == [(["after", "a"], [["a", 0.9]])] * 2
 
 
 def test_without_an_answer_from_the_server_the_run_is_tracked_offline_under_its_id(tmp_path):
