@@ -118,6 +118,9 @@ class Trainee(Protocol):
     lr: float
     """Learning rate of the update that is made or was made last."""
 
+    def targets(self) -> Mapping[str, nn.Module]:
+        """The modules that are low-rank, or will be after a warm start, by name."""
+
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters that train, by name."""
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from continual.method import Method, Stage
 from relora.convert import low_rank_modules
 from relora.restart import PlainStore, ReloraConfig, restart
+from relora.targets import find_targets
 
 
 class PlainTrainee:
@@ -18,6 +19,9 @@ class PlainTrainee:
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
         self.store = PlainStore(self.optimizer)
         self.start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def targets(self):
+        return self.layers or find_targets(self.model, "all-linear")
 
     def trainable(self):
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}
