@@ -1,7 +1,7 @@
 """Second moments of what enters linear layers, over a task's samples: X' X / rows, un-centred.
 
-Layers that share an input, such as the projections to queries, keys and values, share its moment; the first of them names it. An
-input is known by its tensor while the model runs, so any model will do, cut or partitioned. A moment takes d * d * 8
+Layers that share an input, such as the projections to queries, keys and values, share its moment; the first of them
+names it. An input is known by its tensor while the model runs, so any model will do, cut or partitioned. A moment takes d * d * 8
 bytes on each process's device while it is collected, one for each distinct input: products and sums are in float64,
 since weak directions must come out alike on any number of processes.
 """
@@ -55,17 +55,17 @@ def input_moments(on: Trainee, modules: Mapping[str, nn.Module], samples: HeldOu
     for name in modules:
         if name not in collector.sources:
             raise ConfigError(
-                f"lora.target_modules: {name} takes no part in the model's forward pass, so there are no inputs to protect: "
-                "leave it out"
+                f"lora.target_modules: {name} takes no part in the model's forward pass, so there are "
+                "no inputs to protect: leave it out"
             )
     return collector.summed()
 
 
 def rows_that_count(batch: Batch) -> Tensor | None:
-    """Positions that may act on the loss; None: all. Shapes: (B, T), bool
+    """Positions that may act on the loss; None: all. Shapes: (B, T), bool.
 
-    Those of the attention mask, if there is one; of next tokens, those before the last target: what follows is padding, or is
-    never asked to predict.
+    Those of the attention mask, if there is one; of next tokens, those before the last target: what follows is
+    padding, or is never asked to predict.
     """
     mask = batch.inputs.get("attention_mask")
     if mask is not None:
@@ -128,8 +128,8 @@ class _Collector:
         """The moments over all processes."""
         names = list(self.sums)
         device = self.on.device
-        counted = torch.tensor([self.rows[name] for name in names], dtype=torch.float64, device=device)
-        counted = self.on.sum(counted).clamp_min(1).tolist()
+        totals = torch.tensor([self.rows[name] for name in names], dtype=torch.float64, device=device)
+        counted = self.on.sum(totals).clamp_min(1).tolist()
         moments = {name: self.on.sum(self.sums[name]) / rows for name, rows in zip(names, counted, strict=True)}
         return Moments(by_source=moments, sources=dict(self.sources))
 

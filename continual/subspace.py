@@ -1,8 +1,8 @@
 """Which inputs of a layer earlier tasks use: a subspace that grows with every task, and what is left free.
 
 One of two orthonormal bases is kept, that of the protected subspace or that of its complement, whichever is the
-smaller: DualGPM. Everything is computed in float64 from symmetric matrices, and eigenvectors have a sign rule, so that equal
-moments give equal bases. It knows no model and no processes; what it is good for is in continual/methods/inflora.py.
+smaller: DualGPM. Everything is computed in float64 from symmetric matrices, and eigenvectors have a
+sign rule, so that equal moments give equal bases. It knows no model and no processes; what it is good for is in continual/methods/inflora.py.
 Shapes: d input features, k directions of the basis.
 Source: Liang and Li, InfLoRA (arXiv 2404.00228) and its code, of which docs/inflora.md names the differences.
 """
@@ -28,7 +28,7 @@ class Energy(str, Enum):
     """As the published code has it: squared eigenvalues, so that few strong directions outweigh all others."""
 
     def matrix(self, moment: Tensor) -> Tensor:
-        """The symmetric matrix whose quadratic form is the energy, in float64. Shapes: (d, d)"""
+        """The symmetric matrix whose quadratic form is the energy, in float64. Shapes: (d, d)."""
         exact = moment.double()
         exact = (exact + exact.t()) / 2
         return exact if self is Energy.activation else exact @ exact
@@ -48,7 +48,7 @@ class Subspace:
     """The protected inputs of a layer."""
 
     basis: Tensor
-    """Orthonormal columns, in float32 on the CPU. Shapes: (d, k) with k at most d / 2"""
+    """Orthonormal columns, in float32 on the CPU. Shapes: (d, k) with k at most d / 2."""
     spans: Spans
 
     @property
@@ -63,17 +63,17 @@ class Subspace:
         return held if self.spans is Spans.protected else self.features - held
 
     def onto_protected(self, inputs: Tensor) -> Tensor:
-        """The part of inputs that lies in the protected subspace, in float64. Shapes: (..., d)"""
+        """The part of inputs that lies in the protected subspace, in float64. Shapes: (..., d)."""
         exact = inputs.double()
         held = self._along(exact)
         return held if self.spans is Spans.protected else exact - held
 
     def onto_free(self, inputs: Tensor) -> Tensor:
-        """The part of inputs that lies in its complement, in float64. Shapes: (..., d)"""
+        """The part of inputs that lies in its complement, in float64. Shapes: (..., d)."""
         return inputs.double() - self.onto_protected(inputs)
 
     def free_basis(self, device: torch.device) -> Tensor:
-        """An orthonormal basis of the complement, in float64. Shapes: (d, d - protected)"""
+        """An orthonormal basis of the complement, in float64. Shapes: (d, d - protected)."""
         exact = self.basis.to(device).double()
         if self.spans is Spans.free:
             return exact
@@ -81,7 +81,8 @@ class Subspace:
 
     def _along(self, exact: Tensor) -> Tensor:
         basis = self.basis.to(exact)
-        return exact @ basis @ basis.t()
+        held: Tensor = exact @ basis @ basis.t()
+        return held
 
 
 def nothing_protected(features: int) -> Subspace:
@@ -119,7 +120,7 @@ def free_directions(before: Subspace, moment: Tensor, *, energy: Energy, count: 
 
 
 def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric matrix, the largest first, and eigenvectors. Shapes: (n,), (n, n) with columns"""
+    """Eigenvalues of a symmetric matrix, the largest first, and eigenvectors. Shapes: (n,), (n, n) with columns."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1)
 
@@ -127,8 +128,8 @@ def eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _free_directions(before: Subspace, matrix: Tensor) -> tuple[Tensor, Tensor, float]:
     """Free directions by energy, with their shares of it, and the share that is protected already.
 
-    To solve within a basis of the complement, rather than to project the matrix, keeps weak directions orthogonal to the
-    protected ones, too.
+    To solve within a basis of the complement, rather than to project the matrix, keeps weak directions orthogonal
+    to the protected ones, too.
     """
     total = float(matrix.trace())
     if before.protected:

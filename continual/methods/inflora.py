@@ -1,8 +1,8 @@
 """InfLoRA: every task learns only where the inputs of earlier tasks are not.
 
-Before a task, each layer's frozen `down` is aimed at the task's strongest inputs among those directions that earlier tasks left
-free, so that whatever `up` learns leaves the outputs on earlier inputs as they are. After it, the task's own inputs join
-the protected ones, and its update is folded into the base weights.
+Before a task, each layer's frozen `down` is aimed at the task's strongest inputs among those directions that earlier
+tasks left free, so that whatever `up` learns leaves the outputs on earlier inputs as they are. After it, the task's
+own inputs join the protected ones, and its update is folded into the base weights.
 Source: Liang and Li, InfLoRA (arXiv 2404.00228); equations and differences from its code in docs/inflora.md.
 """
 
@@ -20,7 +20,7 @@ from continual.subspace import Energy, Spans, Subspace, free_directions, nothing
 from relora.errors import ConfigError
 
 _ROW_NORM = 1 / math.sqrt(3)
-"""Norm of a row of `down`, that of an average row as LoRA draws it. Source: models/vit_inflora.py of the published code."""
+"""Norm of a row of `down`, that of an average row as LoRA draws it. Source: the published code."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,13 +28,13 @@ class InfLoraConfig:
     """How much of each task is protected, and how its inputs are measured."""
 
     energy: Energy = Energy.activation
-    """What is protected a share of: activation (the inputs' mean square) or reference (its square, as the published code)."""
+    """What shares are of: activation (the inputs' mean square) or reference (as in the published code)."""
     threshold: float = 0.95
     """Share of the first task's energy that is protected."""
     final_threshold: float = 1.0
     """Share that would come after the last task; tasks between have shares in equal steps."""
     samples: int | None = None
-    """Samples of the task whose inputs are measured, before and after it; null: those it trains on, an epoch at most."""
+    """Samples of a task whose inputs are measured; null: those it trains on, an epoch at most."""
     draws: int = 4
     """Sets of directions kept for restarts inside a task; after the last comes the first again."""
 
@@ -143,7 +143,7 @@ class InfLora(Method):
         return self._down(layer, shape, restart_index - self._first_restart + 1)
 
     def report(self) -> dict[str, Any]:
-        """By distinct input: what is protected of how many features, its share of the task's energy, and what `down` reached."""
+        """By distinct input: what is protected, its share of the task's energy, and the share that `down` reached."""
         return {"inputs": self._told}
 
     def state(self) -> MethodState:
@@ -179,7 +179,7 @@ class InfLora(Method):
         return moments
 
     def _down(self, layer: str, shape: Sequence[int], turn: int) -> Tensor | None:
-        """A set of directions; rows for which no direction is free are zero, and learn nothing. Shapes: `shape`"""
+        """A set of directions; rows for which no direction is free are zero, and learn nothing. Shapes: `shape`."""
         rows = self._directions.get(self.sources.get(layer, layer))
         if rows is None:
             return None
