@@ -1,11 +1,13 @@
 """The section `continual`: a stream of tasks, and what is done so that none of them is forgotten."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
 from continual.classes import Scenario, check_split, split_tasks
+from continual.methods.inflora import InfLoraConfig
 from continual.methods.registry import METHODS
+from continual.methods.replay import ReplayConfig
 from continual.stream import TaskConfig, parse_tasks
 from relora.errors import ConfigError
 
@@ -33,6 +35,10 @@ class ContinualConfig:
     """class (each task brings classes, unknown at test which task), task (known at test) or domain (all the same)."""
     logits: Competing = Competing.seen
     """Classes that compete in training: seen, or the task's own."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """replay: what is remembered, and how much of it each update sees."""
+    inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
+    """inflora: how much of each task is protected."""
     save_models: bool = True
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None

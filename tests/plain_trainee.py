@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from continual.method import Method, Stage
 from relora.convert import low_rank_modules
 from relora.restart import PlainStore, ReloraConfig, restart
+from relora.targets import find_targets
 
 
 class PlainTrainee:
@@ -20,7 +21,7 @@ class PlainTrainee:
         self.start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def targets(self):
-        return self.layers
+        return self.layers or find_targets(self.model, "all-linear")
 
     def trainable(self):
         return {name: one for name, one in self.model.named_parameters() if one.requires_grad}

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from continual.method import Method
+from continual.methods.inflora import InfLora
+from continual.methods.replay import Replay
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,5 +38,9 @@ METHODS: dict[str, Entry] = {
     "sequential": Entry(kind=Method, make=lambda config: Method()),
     "joint": Entry(kind=Method, make=lambda config: Method()),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
+    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
+    "inflora": Entry(
+        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True
+    ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""
