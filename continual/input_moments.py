@@ -1,9 +1,9 @@
 """Second moments of what enters linear layers, over a task's samples: X' X / rows, un-centred.
 
 Layers that share an input, such as the projections to queries, keys and values, share its moment; the first of them
-names it. An input is known by its tensor while the model runs, so any model will do, cut or partitioned. A moment takes d * d * 8
-bytes on each process's device while it is collected, one for each distinct input: products and sums are in float64,
-since weak directions must come out alike on any number of processes.
+names it. An input is known by its tensor while the model runs, so any model will do, cut or partitioned. A moment
+takes d * d * 8 bytes on each process's device while it is collected, one for each distinct input: products and sums are
+in float64, since weak directions must come out alike on any number of processes.
 """
 
 from collections.abc import Mapping

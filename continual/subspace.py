@@ -1,8 +1,8 @@
 """Which inputs of a layer earlier tasks use: a subspace that grows with every task, and what is left free.
 
 One of two orthonormal bases is kept, that of the protected subspace or that of its complement, whichever is the
-smaller: DualGPM. Everything is computed in float64 from symmetric matrices, and eigenvectors have a
-sign rule, so that equal moments give equal bases. It knows no model and no processes; what it is good for is in continual/methods/inflora.py.
+smaller: DualGPM. Everything is computed in float64 from symmetric matrices, and eigenvectors have a sign rule, so that
+equal moments give equal bases. It knows no model and no processes; what it is good for is in methods/inflora.py.
 Shapes: d input features, k directions of the basis.
 Source: Liang and Li, InfLoRA (arXiv 2404.00228) and its code, of which docs/inflora.md names the differences.
 """
@@ -77,7 +77,8 @@ class Subspace:
         exact = self.basis.to(device).double()
         if self.spans is Spans.free:
             return exact
-        return torch.linalg.qr(exact, mode="complete").Q[:, exact.shape[1] :]
+        result: Tensor = torch.linalg.qr(exact, mode="complete").Q[:, exact.shape[1] :]
+        return result
 
     def _along(self, exact: Tensor) -> Tensor:
         basis = self.basis.to(exact)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,9 @@ from continual.classes import Scenario
 from continual.method import Stage, TaskKind
 from launch.objective import called, competing, row_losses, turns, validation_batches
 from launch.run import Run
+from launch.stage_records import Score
 from parallel.collectives import sum_over
 from parallel.runtime import Axis
-
-Score = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +86,11 @@ def measured(
     model.train(was_training)
     loss_sum, targets, samples, right, right_in_task = sum_over(measuring.axis, sums).tolist()
     loss = loss_sum / max(targets, 1.0)
-    score: Score = {"loss": loss, "samples": int(samples)}
     if classes:
-        return score | {"accuracy": right / samples, "accuracy_in_task": right_in_task / samples}
-    return score | {"perplexity": math.exp(min(loss, 700.0))}
+        return Score(
+            loss=loss, samples=int(samples), accuracy=right / samples, accuracy_in_task=right_in_task / samples
+        )
+    return Score(loss=loss, samples=int(samples), perplexity=math.exp(min(loss, 700.0)))
 
 
 def _right(logits: Tensor, batch: Batch) -> int:

@@ -22,6 +22,8 @@ class Score:
     """Nats per target."""
     accuracy: float | None = None
     """From 0 to 1; classifiers only."""
+    accuracy_in_task: float | None = None
+    """The same when the task is known, so that only its own classes compete."""
     perplexity: float | None = None
     """The exponential of the loss; language models only."""
     samples: int = 0

@@ -15,6 +15,8 @@ from launch.heads import drawn_for
 from launch.run import Run, measure_update
 from launch.saves import last_checkpoint, load_weights, save_checkpoint, save_folder
 from launch.scores import measuring_of, scores_of
+from launch.stage_notes import note_stage
+from launch.stage_records import BEFORE, StageRecord
 from launch.trainee import EngineTrainee
 from launch.watch import Stopwatch, peak_memory_bytes
 from parallel.checkpoint import open_checkpoint, step_name
@@ -94,26 +96,27 @@ def fold(run: Run) -> None:
 
 def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
     """Add a row to the matrix: every task that the model can be asked for by now."""
-    clock, state = Stopwatch(), run.state
+    state = run.state
     scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
-    row = {
-        "index": -1 if stage is None else stage.index,
-        "task": None if stage is None else stage.name,
-        "scores": scores,
-        "seconds": round(state.train_seconds - sum(one["seconds"] for one in state.rows), 3),
-        "peak_memory_bytes": peak_memory_bytes(run.runtime.device),
-        "method_bytes": method_bytes(run),
-        "report": report,
-    }
-    state.rows.append(row)
-    run.watch.event("stage", state.step, **row, evaluation_seconds=round(clock.lap(), 3))
-    if stage is not None:
-        told = ", ".join(f"{name} {_told(score)}" for name, score in scores.items())
-        run.watch.say(f"step {state.step}: after task {stage.name}: {told}")
+    before = sum(row.get("seconds", 0.0) for row in state.rows)
+    record = StageRecord(
+        step=state.step,
+        task="start" if stage is None else stage.name,
+        index=BEFORE if stage is None else stage.index,
+        scores=scores,
+        learns=None if stage is None or stage in run.course.tasks else [task.name for task in run.course.tasks],
+        seconds=round(state.train_seconds - before, 3),
+        peak_memory_bytes=peak_memory_bytes(run.runtime.device),
+        method_bytes=method_bytes(run),
+        report=report,
+    )
+    state.rows.append(record.values())
+    note_stage(run.watch, records_of(run))
 
 
-def _told(score: dict[str, Any]) -> str:
-    return f"{score['accuracy']:.1%}" if score.get("accuracy") is not None else f"{score['perplexity']:.3f}"
+def records_of(run: Run) -> list[StageRecord]:
+    """What was recorded of the stages so far."""
+    return [StageRecord.from_values(row) for row in run.state.rows]
 
 
 def method_bytes(run: Run) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from continual.config import Competing, ContinualConfig
+from continual.method import TaskKind
 from continual.methods.registry import METHODS
 from relora.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
+    from launch.course import Course
 
 
 def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
@@ -47,8 +49,30 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
         raise ConfigError(
             "full_rank: true has no effect with lora=none, where all tasks train at full rank: leave it out"
         )
-    if continual.logits is Competing.task and method in ("replay", "i_lora", "joint"):
+    if continual.logits is Competing.task and method in ("replay", "joint"):
         raise ConfigError(
             f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
             "on them: choose continual.logits=seen"
         )
+
+
+def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course, processes: int) -> None:
+    """Refuse what shows itself when the tasks are open.
+
+    Args:
+        processes: that share the global batch.
+
+    Raises: ConfigError
+    """
+    stop, total = config.training.stop_after, course.total_steps
+    if stop is not None and stop >= total:
+        raise ConfigError(
+            f"training.stop_after={stop} has no effect on a stream of {total} steps: leave it out or lower it"
+        )
+    forgetting = [stage.name for stage in course.stages if stage.kind is TaskKind.forget]
+    if forgetting:
+        raise ConfigError(
+            f"continual.method={continual.method} does not forget, which {forgetting[0]} asks for: leave that task out"
+        )
+    if continual.method == "replay":
+        continual.replay.samples(config.job_batch, processes)

@@ -36,8 +36,11 @@ from launch.saves import adopt_start, last_checkpoint, load_checkpoint, save_fol
 from launch.signals import StopRequest, listening
 from launch.skeleton import step_flops
 from launch.spectra import Spectra
-from launch.stages import make_trainee
+from launch.stage_notes import restore_stages, tell_stream
+from launch.stage_records import stream_of
+from launch.stages import make_trainee, records_of
 from launch.state import RunState
+from launch.stream_rules import check_opened
 from launch.tracker import open_tracker
 from launch.usage import asks_for_help, train_help
 from launch.watch import Watch, has_room
@@ -99,6 +102,8 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     _set_numerics(config)
     course = _open_course(config, runtime, console)
     hf_config = model_of_course(config, course)
+    if config.continual is not None:
+        check_opened(config, config.continual, course, runtime.batch.size)
     elastic = come(config, folder, runtime, course, console.info)
     resume = folder.resume
     state = _counters(folder, course, elastic, config.continual)
@@ -176,6 +181,8 @@ def _resume(run: Run, resume: Checkpoint) -> None:
     elif run.config.run.save_start:
         save_folder(run, "start", resume, torch.float32)
     resume.close()
+    if run.course.is_stream:
+        restore_stages(run.watch, records_of(run))
     run.watch.event("resume", run.state.step, path=str(resume.folder))
     run.watch.say(f"resumed from {resume.folder} at step {run.state.step}")
 
@@ -232,6 +239,10 @@ def finish(run: Run) -> dict[str, Any]:
         val_loss = _written_loss(run, live_loss)
         run.watch.event("final", state.step, val_loss=val_loss, merge_difference=val_loss - live_loss)
     seconds = state.train_seconds
+    stream: dict[str, Any] = {}
+    if run.course.is_stream:
+        stream = stream_of(records_of(run)).summary()
+        tell_stream(run.watch, records_of(run))
     return {
         "status": "done",
         "steps": state.step,
@@ -248,6 +259,7 @@ def finish(run: Run) -> dict[str, Any]:
         "tokens_per_second": round(state.tokens / seconds, 1) if seconds else None,
         "peak_memory_bytes": max(gather_objects(run.runtime, state.peak_memory_bytes)),
         "wall_seconds": round(seconds, 3),
+        **stream,
     }
 
 

@@ -39,8 +39,6 @@ METHODS: dict[str, Entry] = {
     "joint": Entry(kind=Method, make=lambda config: Method()),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
-    "inflora": Entry(
-        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True
-    ),
+    "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""

@@ -279,7 +279,13 @@ def _together(world, heads, settings):
             ids = torch.cat([_batches(head)[step - 1] for head in others.hosted])
             batch = Batch(inputs={"input_ids": ids}, labels=ids)
             targets = [batch.targets // count] * count
-            part = accumulate(engine, Term(name="task", batch=batch), targets=targets, microbatch_size=SEQUENCES, device=runtime.device)
+            part = accumulate(
+                engine,
+                Term(name="task", batch=batch),
+                targets=targets,
+                microbatch_size=SEQUENCES,
+                device=runtime.device,
+            )
             losses.append(part.tolist())
             results = engine.step(RATE["lr"], [lambda norm: None] * count)
             assert all(result.refused is None for result in results)

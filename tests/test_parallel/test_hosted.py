@@ -78,7 +78,9 @@ def _steps(runtime, engine, heads, steps, refuse=()):
         own = [_of_head(batch, head) for head in heads]
         batch = batch if len(heads) > 1 else own[0]
         targets = [one.targets for one in own]
-        losses = accumulate(engine, Term(name="task", batch=batch), targets=targets, microbatch_size=2, device=runtime.device)
+        losses = accumulate(
+            engine, Term(name="task", batch=batch), targets=targets, microbatch_size=2, device=runtime.device
+        )
         admits = [lambda _, no=(step, head) in refuse: "strange" if no else None for head in heads]
         results = engine.step(0.01, admits) if len(heads) > 1 else [engine.step(0.01, admits[0])]
         told.append([(loss, one.grad_norm, one.refused) for loss, one in zip(losses.tolist(), results, strict=True)])
