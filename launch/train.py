@@ -132,11 +132,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         outputs=phase.outputs,
         targets=phase.targets,
         state=state,
-        guard=Guard(
-            sigma=config.training.skip_sigma,
-            window=config.training.skip_window,
-            max_skips=config.training.max_skips,
-        ),
+        guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
         watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
@@ -311,6 +307,11 @@ def _find(config: TrainConfig, path: Path, runtime: Runtime) -> RunFolder:
     resume, finished, notices, abandoned = on_main(runtime, found)
     checkpoint = open_checkpoint(resume) if resume is not None else None
     return RunFolder(path=path, resume=checkpoint, finished=finished, notices=notices, abandoned=abandoned)
+
+
+def _guard(config: TrainConfig) -> Guard:
+    limits = config.training
+    return Guard(sigma=limits.skip_sigma, window=limits.skip_window, max_skips=limits.max_skips)
 
 
 def _open_course(config: TrainConfig, runtime: Runtime, console: Console) -> Course:
