@@ -36,6 +36,8 @@ LEAST = {
     "rich": "13.7",
     "matplotlib": "3.8",
     "numpy": "1.26",
+    "pillow": "10",
+    "scikit-learn": "1.4",
     "packaging": "23",
 }
 """Needed packages and their least versions, as in setup.py."""
