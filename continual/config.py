@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from continual.classes import Scenario, check_split, split_tasks
+from continual.methods.i_lora import ILoraConfig
 from continual.methods.inflora import InfLoraConfig
 from continual.methods.registry import METHODS
 from continual.methods.replay import ReplayConfig
@@ -36,9 +37,11 @@ class ContinualConfig:
     logits: Competing = Competing.seen
     """Classes that compete in training: seen, or the task's own."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    """replay: what is remembered, and how much of it each update sees."""
+    """replay and i_lora: what is remembered, and how much of it each update sees."""
     inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
     """inflora: how much of each task is protected."""
+    i_lora: ILoraConfig = field(default_factory=ILoraConfig)
+    """i_lora: how the long-term adapter moves and acts, and which adapter is measured."""
     save_models: bool = True
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None

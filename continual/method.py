@@ -5,6 +5,7 @@ of a stage, and whatever it must remember between two steps is in its `MethodSta
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Protocol
@@ -175,6 +176,9 @@ class Trainee(Protocol):
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's master in the plain model's shape, on all processes."""
 
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors in parts like `store.master`, in the shapes that the layers compute with; maybe the same memory."""
+
     def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The squared Frobenius norm of each whole master. Shapes: (len(parameters),), float64."""
 
@@ -196,6 +200,14 @@ class Method:
     folds: ClassVar[bool] = False
     """Whether base weights take up each task's update at its end, and factors are drawn anew."""
 
+    @property
+    def written(self) -> str | None:
+        """Which parts of its state are written to models in place of factors: what precedes the factors' names there.
+
+        None: the factors themselves are written.
+        """
+        return None
+
     def begin_stage(self, on: Trainee, stage: Stage) -> None:
         """Before the first update of a stage; Adam's state is clear."""
 
@@ -215,6 +227,10 @@ class Method:
     def draw(self, layer: str, shape: Sequence[int], restart_index: int) -> Tensor | None:
         """A fresh `down` for a low-rank layer at a restart; None: at random."""
         return None
+
+    def measured(self, on: Trainee) -> AbstractContextManager[None]:
+        """While it is open, the model is what the method wants to be measured and written."""
+        return nullcontext()
 
     def measures(self) -> dict[str, float]:
         """What is worth a line in the records of this step."""

@@ -20,8 +20,13 @@ def held_of_method(run: Run) -> dict[str, tuple[Region, Tensor]]:
     for name, (parameter, part) in state.parts.items():
         assert isinstance(run.engine, Engine)
         store = run.engine.store
-        held[f"{_PART}{name}:{store.name(parameter)}"] = store.as_held(parameter, part)
+        held[part_name(name, store.name(parameter))] = store.as_held(parameter, part)
     return held
+
+
+def part_name(name: str, parameter: str) -> str:
+    """What a part of the state, which belongs to a parameter, is called in checkpoints."""
+    return f"{_PART}{name}:{parameter}"
 
 
 def load_method(run: Run, checkpoint: Checkpoint) -> None:

@@ -120,7 +120,7 @@ def save_folder(run: Run, name: str, checkpoint: Checkpoint, dtype: torch.dtype)
     description = describe(run.config.model, run.hf_config, run.course.tokenizer)
 
     def write() -> None:
-        snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora)
+        snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora, written=run.method.written)
         write_folder(snapshot, description, run.folder.path / name, dtype)
 
     on_main(run.runtime, write)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from launch.method_state import KIND, part_name
 from launch.model import model_class
 from parallel.checkpoint import Checkpoint
 from relora.convert import LoraConfig
@@ -42,13 +43,24 @@ class Snapshot:
     Each is whole, however many processes wrote the checkpoint, and however they shared it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, hf_config: PretrainedConfig, lora: LoraConfig | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hf_config: PretrainedConfig,
+        lora: LoraConfig | None,
+        *,
+        written: str | None = None,
+    ) -> None:
         """Look at the names and shapes.
+
+        Args:
+            written: what in the method's memory takes the place of factors: `Method.written`.
 
         Raises: ConfigError when the checkpoint is not of this model.
         """
         self._checkpoint = checkpoint
         self._lora = lora
+        self._written = written
         stored, optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
         self._stored, self._optimized = set(filter(is_shared, stored)), set(filter(is_shared, optimized))
         self._heads = self._stored != stored
@@ -92,6 +104,9 @@ class Snapshot:
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """`down` and `up`; after a sync of LTE, whose change W has taken up, the first head's `down` and no `up`."""
+        if self._written is not None:
+            names = [part_name(f"{self._written}{layer}.{leaf}", f"{layer}.{leaf}") for leaf in ("down", "up")]
+            return self._checkpoint.whole(KIND, names[0]), self._checkpoint.whole(KIND, names[1])
         if not self._heads:
             return self.tensor(f"{layer}.down"), self.tensor(f"{layer}.up")
         down, up = (self._checkpoint.whole("model", of_head(0, f"{layer}.{leaf}")) for leaf in ("down", "up"))

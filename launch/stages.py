@@ -97,7 +97,8 @@ def fold(run: Run) -> None:
 def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
     """Add a row to the matrix: every task that the model can be asked for by now."""
     state = run.state
-    scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
+    with run.method.measured(run.trainee):
+        scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
     before = sum(row.get("seconds", 0.0) for row in state.rows)
     record = StageRecord(
         step=state.step,

@@ -49,7 +49,7 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
         raise ConfigError(
             "full_rank: true has no effect with lora=none, where all tasks train at full rank: leave it out"
         )
-    if continual.logits is Competing.task and method in ("replay", "joint"):
+    if continual.logits is Competing.task and (method == "joint" or "replay" in entry.sections):
         raise ConfigError(
             f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
             "on them: choose continual.logits=seen"
@@ -74,5 +74,5 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
         raise ConfigError(
             f"continual.method={continual.method} does not forget, which {forgetting[0]} asks for: leave that task out"
         )
-    if continual.method == "replay":
+    if "replay" in METHODS[continual.method].sections:
         continual.replay.samples(config.job_batch, processes)

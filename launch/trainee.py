@@ -116,6 +116,10 @@ class EngineTrainee:
         """A parameter's master in the plain model's shape."""
         return self._engine.store.whole(parameter)
 
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors in parts like masters, in the shapes that the layers compute with."""
+        return self._engine.store.assembled(parts)
+
     def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The squared Frobenius norm of each whole master."""
         return self._engine.store.squared_norms(parameters)

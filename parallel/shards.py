@@ -153,12 +153,25 @@ class Shards:
         for parameter, flat in zip(edited, self._gathered(edited), strict=True):
             self._write_live(parameter, flat)
 
+    @torch.no_grad()
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors like `master`, gathered over the data axis, in the shapes that the layers compute with."""
+        flats = list(parts.values())
+        if self._spread:
+            flats = self._joined(
+                {parameter: (self._places[parameter].start, part) for parameter, part in parts.items()}
+            )
+        return {one: flat.view(self._region(one).cut_shape) for one, flat in zip(parts, flats, strict=True)}
+
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Masters gathered over the data axis, flat, as far as tensor parallelism leaves them here."""
-        sizes = [math.prod(self._region(parameter).cut_shape) for parameter in parameters]
+        return self._joined({parameter: self._exact(parameter) for parameter in parameters})
+
+    def _joined(self, pieces: Mapping[nn.Parameter, tuple[int, Tensor]]) -> list[Tensor]:
+        """Flat pieces and where they begin, gathered over the data axis."""
+        sizes = [math.prod(self._region(parameter).cut_shape) for parameter in pieces]
         flat = torch.zeros(sum(sizes), device=self._runtime.device)
-        for parameter, target in zip(parameters, flat.split(sizes), strict=True):
-            start, values = self._exact(parameter)
+        for (start, values), target in zip(pieces.values(), flat.split(sizes), strict=True):
             target[start : start + len(values)] = values
         if self._spread:
             sum_over(self._runtime.data, flat)

@@ -7,7 +7,8 @@ Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,8 @@ class LowRankLinear(nn.Module):
     synced_up: Tensor | None
     hosted: int = 1
     """Heads of LTE whose factors it holds."""
+    stand_in: tuple[Tensor, Tensor] | None = None
+    """What takes the place of down and up in the forward pass."""
 
     def __init__(
         self,
@@ -96,8 +99,12 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output by the factored path: the product `up @ down` is never formed."""
-        update = self.update(x, self.down, self.up)
+        update = self.update(x, *self.live())
         return F.linear(x, self.matrix, self.bias) + update
+
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Return the down and up that the forward pass uses."""
+        return (self.down, self.up) if self.stand_in is None else self.stand_in
 
     @property
     def matrix(self) -> Tensor:
@@ -247,6 +254,18 @@ class LowRankLinear(nn.Module):
         """Return the change by the given factors or the live ones, on the weight's device."""
         down, up = self.change(self.down if down is None else down, self.up if up is None else up)
         return down.to(self.weight.device), up.to(self.weight.device)
+
+
+@contextmanager
+def standing_in(factors: Mapping[LowRankLinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let other factors take the place of these layers' own in forward passes."""
+    for layer, pair in factors.items():
+        layer.stand_in = pair
+    try:
+        yield
+    finally:
+        for layer in factors:
+            layer.stand_in = None
 
 
 def _add_blocks_(

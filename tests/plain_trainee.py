@@ -56,6 +56,9 @@ class PlainTrainee:
     def whole(self, parameter):
         return parameter.detach().float()
 
+    def assembled(self, parts):
+        return {parameter: part.view(parameter.shape) for parameter, part in parts.items()}
+
     def squared_norms(self, parameters):
         return torch.stack([parameter.detach().double().square().sum() for parameter in parameters])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from continual.method import Method
+from continual.methods.i_lora import ILora
 from continual.methods.inflora import InfLora
 from continual.methods.replay import Replay
 
@@ -40,5 +41,12 @@ METHODS: dict[str, Entry] = {
     "per_task": Entry(kind=Method, make=lambda config: Method()),
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
     "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "i_lora": Entry(
+        kind=ILora,
+        make=lambda config: ILora(config.i_lora, config.replay),
+        sections=("i_lora", "replay"),
+        low_rank=True,
+        restarts=False,
+    ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""
