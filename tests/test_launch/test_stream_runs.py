@@ -80,7 +80,7 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "inflora"])
+@pytest.mark.parametrize("method", ["sequential", "replay", "inflora", "i_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
@@ -138,6 +138,9 @@ def test_a_task_that_has_begun_cannot_change(tmp_path, capsys, tasks, said):
         (TASKS, ["continual.method=inflra"], "continual.method must be one of"),
         (TASKS, ["training.stop_after=12"], "has no effect on a stream of 12 steps"),
         (TASKS, ["lora=none"], "continual.method=inflora works on low-rank factors"),
+        (TASKS, ["continual.method=i_lora", "relora=relora"], "i_lora remembers factors, which restarts draw anew"),
+        (TASKS, ["continual.method=i_lora", "continual.logits=task"], "i_lora trains on them"),
+        (TASKS, ["continual.method=i_lora", "continual.replay.ratio=0.3"], "continual.replay.ratio=0.3 makes 2.4"),
     ],
 )
 def test_a_stream_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(
@@ -164,6 +167,8 @@ def _train(_, overrides):
         ("inflora", 2, ["parallel=zero2"]),
         ("replay", 2, ["parallel=zero3"]),
         ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
+        ("i_lora", 2, ["parallel=zero2"]),
+        ("i_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
     ],
 )
 def test_several_processes_give_the_matrix_and_the_losses_of_one(
