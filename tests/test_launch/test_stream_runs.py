@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from launch import exits, train
+from launch import exits, export, train
 
 TASKS = [
     "{name: one, kind: classification, data: digits, classes: ['0', '1'], steps: 4, full_rank: true}",
@@ -44,6 +44,11 @@ def steps_of(folder):
 
 def rows_of(folder):
     return json.loads((folder / "summary.json").read_text())["matrix"]
+
+
+def event_of(folder, kind):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(one for one in records if one.get("event") == kind)
 
 
 def same_end(one, other):
@@ -177,5 +182,33 @@ def test_several_processes_give_the_matrix_and_the_losses_of_one(
     folder = tmp_path / "run"
     assert on_processes(_train, size, words(folder, *layout, method=method)) == [exits.DONE] * size
     ours, theirs = steps_of(folder), steps_of(undisturbed(method))
-    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-4)
+    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-5)
     assert rows_of(folder) == rows_of(undisturbed(method))
+
+
+def test_a_long_term_adapter_goes_on_in_another_layout(on_processes, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    assert train.main(words(folder, "training.stop_after=6", method="i_lora")) == exits.PREEMPTED
+    line = words(folder, "parallel=zero3", "training.stop_after=10", method="i_lora")
+    assert on_processes(_train, 2, line) == [exits.PREEMPTED] * 2
+    assert train.main(words(folder, method="i_lora")) == exits.DONE
+    ours, theirs = steps_of(folder), steps_of(undisturbed("i_lora"))
+    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-5)
+    assert rows_of(folder) == rows_of(undisturbed("i_lora"))
+
+
+def test_the_matrix_and_the_written_models_are_those_of_the_chosen_adapter(undisturbed, tmp_path):
+    long_term, working = undisturbed("i_lora"), tmp_path / "working"
+    assert train.main(words(working, "continual.i_lora.evaluate=working", method="i_lora")) == exits.DONE
+    assert steps_of(working) == steps_of(long_term)
+    written = {}
+    for folder in (long_term, working):
+        assert abs(event_of(folder, "final")["merge_difference"]) < 1e-5
+        assert export.main([f"run.dir={folder}", f"export.out={tmp_path / folder.name / 'export'}"]) == exits.DONE
+        files = [folder / "final", folder / "tasks" / "03_three", tmp_path / folder.name / "export"]
+        written[folder], *others = (load_file(one / "model.safetensors") for one in files)
+        for other in others:
+            assert all(torch.equal(other[name], value) for name, value in written[folder].items())
+    differing = {name for name in written[working] if not torch.equal(written[working][name], written[long_term][name])}
+    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+    assert differing == {name for name in written[working] if name.endswith(tuple(f"{one}.weight" for one in linear))}
