@@ -177,7 +177,13 @@ class Trainee(Protocol):
         """A parameter's master in the plain model's shape, on all processes."""
 
     def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Tensors in parts like `store.master`, in the shapes that the layers compute with; maybe the same memory."""
+        """Tensors in parts like `store.master`, in the shapes that modules compute with; maybe the same memory."""
+
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+        """While it is open, forward passes use these values, as `assembled` gives them, in place of parameters' own.
+
+        Masters stay as they are. No gradients may be under way. Low-rank factors have `relora.linear.standing_in`.
+        """
 
     def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The squared Frobenius norm of each whole master. Shapes: (len(parameters),), float64."""
@@ -202,9 +208,9 @@ class Method:
 
     @property
     def written(self) -> str | None:
-        """Which parts of its state are written to models in place of factors: what precedes the factors' names there.
+        """Which parts of its state are written to models in place of parameters: what precedes their names there.
 
-        None: the factors themselves are written.
+        None: the parameters themselves are written.
         """
         return None
 

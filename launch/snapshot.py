@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from launch.method_state import KIND, part_name
+from launch.method_state import KIND, names_of_parts
 from launch.model import model_class
 from parallel.checkpoint import Checkpoint
 from relora.convert import LoraConfig
@@ -54,13 +54,13 @@ class Snapshot:
         """Look at the names and shapes.
 
         Args:
-            written: what in the method's memory takes the place of factors: `Method.written`.
+            written: what in the method's memory takes the place of what trains: `Method.written`.
 
         Raises: ConfigError when the checkpoint is not of this model.
         """
         self._checkpoint = checkpoint
         self._lora = lora
-        self._written = written
+        self._in_place = {} if written is None else names_of_parts(checkpoint, written)
         stored, optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
         self._stored, self._optimized = set(filter(is_shared, stored)), set(filter(is_shared, optimized))
         self._heads = self._stored != stored
@@ -87,6 +87,8 @@ class Snapshot:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
         name = self._first_name.get(name, name)
+        if name in self._in_place:
+            return self._checkpoint.whole(KIND, self._in_place[name])
         master = f"{name}/master"
         kind, name = ("optimizer", master) if master in self._optimized else ("model", name)
         return self._checkpoint.whole(kind, name)
@@ -104,9 +106,6 @@ class Snapshot:
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """`down` and `up`; after a sync of LTE, whose change W has taken up, the first head's `down` and no `up`."""
-        if self._written is not None:
-            names = [part_name(f"{self._written}{layer}.{leaf}", f"{layer}.{leaf}") for leaf in ("down", "up")]
-            return self._checkpoint.whole(KIND, names[0]), self._checkpoint.whole(KIND, names[1])
         if not self._heads:
             return self.tensor(f"{layer}.down"), self.tensor(f"{layer}.up")
         down, up = (self._checkpoint.whole("model", of_head(0, f"{layer}.{leaf}")) for leaf in ("down", "up"))

@@ -4,6 +4,7 @@ Implements `continual.method.Trainee`; its plain twin is tests/plain_trainee.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -117,8 +118,12 @@ class EngineTrainee:
         return self._engine.store.whole(parameter)
 
     def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Tensors in parts like masters, in the shapes that the layers compute with."""
+        """Tensors in parts like masters, in the shapes that modules compute with."""
         return self._engine.store.assembled(parts)
+
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+        """While it is open, forward passes use other values of parameters."""
+        return self._engine.store.swapped(values)
 
     def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The squared Frobenius norm of each whole master."""

@@ -6,7 +6,8 @@ checkpoints address parameters by identity or name and never see the difference.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -155,13 +156,27 @@ class Shards:
 
     @torch.no_grad()
     def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Tensors like `master`, gathered over the data axis, in the shapes that the layers compute with."""
+        """Tensors like `master`, gathered over the data axis, in the shapes that modules compute with."""
         flats = list(parts.values())
         if self._spread:
             flats = self._joined(
                 {parameter: (self._places[parameter].start, part) for parameter, part in parts.items()}
             )
         return {one: flat.view(self._region(one).cut_shape) for one, flat in zip(parts, flats, strict=True)}
+
+    @contextmanager
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Let forward passes use other values of parameters, shaped as `assembled` does; masters stay as they are."""
+        own = {parameter: self._live(self._names[parameter], parameter)[1].clone() for parameter in values}
+        with torch.no_grad():
+            for parameter, value in values.items():
+                self._write_live(parameter, value.reshape(-1))
+        try:
+            yield
+        finally:
+            for parameter, value in own.items():
+                drop_whole([parameter] if is_partitioned(parameter) else [])
+                self._live(self._names[parameter], parameter)[1].copy_(value)
 
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Masters gathered over the data axis, flat, as far as tensor parallelism leaves them here."""

@@ -1,5 +1,7 @@
 """The plain twin of launch/trainee.py: one process, torch's AdamW, no engine. Methods are tested on it first."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 
@@ -58,6 +60,15 @@ class PlainTrainee:
 
     def assembled(self, parts):
         return {parameter: part.view(parameter.shape) for parameter, part in parts.items()}
+
+    @contextmanager
+    def swapped(self, values):
+        own = {parameter: parameter.detach().clone() for parameter in values}
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
+        yield
+        for parameter, value in own.items():
+            parameter.data.copy_(value)
 
     def squared_norms(self, parameters):
         return torch.stack([parameter.detach().double().square().sum() for parameter in parameters])

@@ -1,13 +1,14 @@
 """I-LoRA: a working adapter that trains, and a long-term adapter that follows it slowly and keeps it from forgetting.
 
-The long-term adapter is the moving average of the working factors. On replayed samples the working model's hidden
-states are held to the long-term model's. Source: Ren et al. 2024, Analyzing and Reducing Catastrophic Forgetting in
-Parameter Efficient Tuning (arXiv 2402.18865); docs/i_lora.md says what differs from its code.
+The long-term adapter is the moving average of the working one: of the factors, and of what trains beside them. On
+replayed samples the working model's hidden states are held to the long-term model's. Source: Ren et al. 2024,
+Analyzing and Reducing Catastrophic Forgetting in Parameter Efficient Tuning (arXiv 2402.18865); docs/i_lora.md says
+what differs from its code.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -20,11 +21,12 @@ from continual.batches import Batch
 from continual.method import Forward, Method, MethodState, Stage, Term, Trainee
 from continual.methods.replay import Memory, ReplayConfig
 from relora.errors import ConfigError
-from relora.linear import LowRankLinear, standing_in
+from relora.linear import standing_in
 
 _LONG_TERM = "long_term/"
 
-Factors = Mapping[LowRankLinear, tuple[Tensor, Tensor]]
+Values = Mapping[nn.Parameter, Tensor]
+"""The long-term adapter as modules compute with it, by the parameters of the working one."""
 
 
 class Adapter(str, Enum):
@@ -78,7 +80,7 @@ class ILora(Method):
         self._share = replay.share
         self._memory = Memory(replay)
         self._average: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        """By the name of a factor: it, and its moving average in parts like masters. Empty at full rank."""
+        """By the name of what trains: it, and its moving average in parts like masters. Empty at full rank."""
         self._updates = 0
         self._gap: Tensor | None = None
         self._measures: dict[str, float] = {}
@@ -90,11 +92,11 @@ class ILora(Method):
 
     def begin_stage(self, on: Trainee, stage: Stage) -> None:
         """Before the first low-rank task both adapters are one; later ones go on with both."""
-        if self._average:
-            return
-        for name, layer in on.layers.items():
-            for leaf, factor in (("down", layer.down), ("up", layer.up)):
-                self._average[f"{name}.{leaf}"] = factor, on.store.master(factor).clone()
+        if on.layers and not self._average:
+            self._average = {name: (one, on.store.master(one).clone()) for name, one in on.trainable().items()}
+        for parameter, average in self._average.values():
+            # Outputs of a classifier for classes that came later are zero as yet, and nothing else is.
+            torch.where(average == 0, on.store.master(parameter), average, out=average)
 
     def terms(self, on: Trainee, stage: Stage, batch: Batch) -> list[Term]:
         """The task's loss, and from the second task on that of replayed samples with their consistency."""
@@ -105,7 +107,7 @@ class ILora(Method):
         loss = None
         if self._average and self._config.consistency:
             self._gap = torch.zeros(2, dtype=torch.float64, device=on.device)
-            loss = partial(self._replay_loss, on, self._long_term(on))
+            loss = partial(self._replay_loss, on, self._values(on))
         return [
             Term(name="task", batch=batch, weight=1 - self._share),
             Term(name="replay", batch=replayed, weight=self._share, loss=loss),
@@ -122,8 +124,8 @@ class ILora(Method):
         if not self._average:
             return
         moves = 1 - self._config.rate(self._updates)
-        for factor, average in self._average.values():
-            average.lerp_(on.store.master(factor), moves)
+        for parameter, average in self._average.values():
+            average.lerp_(on.store.master(parameter), moves)
         self._updates += 1
 
     def end_stage(self, on: Trainee, stage: Stage) -> None:
@@ -133,7 +135,7 @@ class ILora(Method):
     def measured(self, on: Trainee) -> AbstractContextManager[None]:
         """The model with the adapter that is to be measured."""
         wanted = self._average and self._config.evaluate is Adapter.long_term
-        return standing_in(self._long_term(on)) if wanted else nullcontext()
+        return _long_term(on, self._values(on)) if wanted else nullcontext()
 
     def measures(self) -> dict[str, float]:
         """The mean gap of this step, per replayed target."""
@@ -156,16 +158,11 @@ class ILora(Method):
         self._updates = int(state.values["updates"])
         self._average = {name.removeprefix(_LONG_TERM): one for name, one in state.parts.items()}
 
-    def _long_term(self, on: Trainee) -> Factors:
-        """The long-term factors as layers compute with them."""
-        whole = on.assembled(dict(self._average.values()))
+    def _values(self, on: Trainee) -> Values:
+        values = on.assembled(dict(self._average.values()))
+        return {parameter: value.to(on.device, parameter.dtype) for parameter, value in values.items()}
 
-        def ready(factor: nn.Parameter) -> Tensor:
-            return whole[factor].to(on.device, factor.dtype)
-
-        return {layer: (ready(layer.down), ready(layer.up)) for layer in on.layers.values()}
-
-    def _replay_loss(self, on: Trainee, long_term: Factors, forward: Forward, batch: Batch) -> Tensor:
+    def _replay_loss(self, on: Trainee, long_term: Values, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy and consistency, which share the working model's forward pass."""
         assert self._gap is not None
         kept = _states(on, long_term, batch)
@@ -175,14 +172,24 @@ class ILora(Method):
         return on.row_losses(output, batch).sum() + self._config.consistency / self._share * gap
 
 
+@contextmanager
+def _long_term(on: Trainee, values: Values) -> Iterator[None]:
+    """The model with the long-term adapter."""
+    layers = on.layers.values()
+    own = {factor for layer in layers for factor in (layer.down, layer.up)}
+    beside = {one: value for one, value in values.items() if one not in own}
+    with standing_in({layer: (values[layer.down], values[layer.up]) for layer in layers}), on.swapped(beside):
+        yield
+
+
 @torch.no_grad()
-def _states(on: Trainee, long_term: Factors, batch: Batch) -> Sequence[Tensor]:
+def _states(on: Trainee, long_term: Values, batch: Batch) -> Sequence[Tensor]:
     """The long-term model's hidden states, without dropout."""
     wanted = {"use_cache": False} if batch.labels.ndim > 1 else {}
     was_training = on.model.training
     on.model.eval()
     try:
-        with standing_in(long_term):
+        with _long_term(on, long_term):
             states: Sequence[Tensor] = on.model(**batch.inputs, output_hidden_states=True, **wanted).hidden_states
     finally:
         on.model.train(was_training)

@@ -96,12 +96,13 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
-def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path):
+@pytest.mark.parametrize("method", ["sequential", "i_lora"])
+def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
-    assert train.main(words(folder, tasks=TASKS[:2], method="sequential")) == exits.DONE
-    assert train.main(words(folder, method="sequential")) == exits.DONE
-    assert steps_of(folder) == steps_of(undisturbed("sequential"))
-    assert same_end(folder, undisturbed("sequential"))
+    assert train.main(words(folder, tasks=TASKS[:2], method=method)) == exits.DONE
+    assert train.main(words(folder, method=method)) == exits.DONE
+    assert steps_of(folder) == steps_of(undisturbed(method))
+    assert same_end(folder, undisturbed(method))
 
 
 def test_going_back_to_a_task_trains_it_again_to_the_same_end_and_keeps_what_was_there(undisturbed, tmp_path):
@@ -210,5 +211,5 @@ def test_the_matrix_and_the_written_models_are_those_of_the_chosen_adapter(undis
         for other in others:
             assert all(torch.equal(other[name], value) for name, value in written[folder].items())
     differing = {name for name in written[working] if not torch.equal(written[working][name], written[long_term][name])}
-    linear = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    assert differing == {name for name in written[working] if name.endswith(tuple(f"{one}.weight" for one in linear))}
+    trained = (*(f"{one}.weight" for one in ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")), "classifier.bias")
+    assert differing == {name for name in written[working] if name.endswith((*trained, "classifier.weight"))}
