@@ -137,6 +137,10 @@ def test_a_task_that_has_begun_cannot_change(tmp_path, capsys, tasks, said):
         (TASKS, ["continual.replay.ratio=2.0"], "continual.replay.ratio has no effect"),
         (TASKS, ["continual.method=inflra"], "continual.method must be one of"),
         (TASKS, ["training.stop_after=12"], "has no effect on a stream of 12 steps"),
+        (TASKS, ["lte=heads", "lte.reset=factors"], "lte.reset=factors draws `down` at random"),
+        (TASKS, ["lte=heads", "lte.exchange=shared"], "lte.exchange=shared draws `down` at random"),
+        (TASKS, ["lte=heads", "continual.method=per_task"], "choose lte=none, or one of sequential"),
+        (TASKS, ["lte=heads"], "a stream needs heads with processes of their own"),
         (TASKS, ["lora=none"], "continual.method=inflora works on low-rank factors"),
     ],
 )
@@ -174,3 +178,20 @@ def test_several_processes_give_the_matrix_and_the_losses_of_one(
     ours, theirs = steps_of(folder), steps_of(undisturbed(method))
     assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-4)
     assert rows_of(folder) == rows_of(undisturbed(method))
+
+
+@pytest.mark.parametrize("method", ["replay", "inflora"])
+def test_heads_that_train_tasks_apart_sync_at_their_ends_and_resume_exactly(on_processes, tmp_path, method):
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    heads = ["lte=heads", "lte.heads=2", "lte.sync_every=3", "lte.outer=nesterov", "lte.outer_lr=0.7"]
+    heads += ["lte.outer_momentum=0.5", "checkpoint.every=3"]
+    assert on_processes(_train, 2, words(whole, *heads, method=method)) == [exits.DONE] * 2
+    stopped = words(halted, *heads, "training.stop_after=6", method=method)
+    assert on_processes(_train, 2, stopped) == [exits.PREEMPTED] * 2
+    assert on_processes(_train, 2, words(halted, *heads, method=method)) == [exits.DONE] * 2
+    assert steps_of(halted) == steps_of(whole)
+    assert same_end(halted, whole)
+    before, after = (load_file(whole / "tasks" / name / "model.safetensors") for name in ("02_two", "03_three"))
+    name = next(name for name in before if name.endswith("query.weight") or name.endswith("q_proj.weight"))
+    rank = int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3))
+    assert rank <= 4 if method == "inflora" else rank > 4  # one `down` for all heads, or one for each
