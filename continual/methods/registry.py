@@ -23,6 +23,8 @@ class Entry:
     """Whether it works on factors only, so that lora=none is refused."""
     restarts: bool = True
     """Whether factors may be merged and drawn anew inside a task."""
+    heads: bool = False
+    """Whether LTE's heads may train a task apart, each with factors of its own."""
 
     @property
     def folds(self) -> bool:
@@ -36,11 +38,13 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "sequential": Entry(kind=Method, make=lambda config: Method()),
-    "joint": Entry(kind=Method, make=lambda config: Method()),
+    "sequential": Entry(kind=Method, make=lambda config: Method(), heads=True),
+    "joint": Entry(kind=Method, make=lambda config: Method(), heads=True),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
-    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
-    "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",), heads=True),
+    "inflora": Entry(
+        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True, heads=True
+    ),
     "i_lora": Entry(
         kind=ILora,
         make=lambda config: ILora(config.i_lora, config.replay),
