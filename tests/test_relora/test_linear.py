@@ -242,6 +242,8 @@ def test_splitting_the_base_loses_nothing_and_survives_a_cast_and_a_state_dict(k
 
 def test_stand_ins_take_the_factors_place_in_the_forward_pass_only_and_leave_even_after_an_error() -> None:
     layer, other, x = _wrapped("linear"), _wrapped("linear"), torch.randn(3, IN)
+    nn.init.normal_(other.up)
+    nn.init.normal_(other.down)
     before, outputs = layer(x), []
 
     def fail() -> None:
