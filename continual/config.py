@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from continual.classes import Scenario, check_split, split_tasks
+from continual.methods.ewc import EwcConfig
 from continual.methods.inflora import InfLoraConfig
 from continual.methods.registry import METHODS
 from continual.methods.replay import ReplayConfig
@@ -37,6 +38,8 @@ class ContinualConfig:
     """Classes that compete in training: seen, or the task's own."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """replay: what is remembered, and how much of it each update sees."""
+    ewc: EwcConfig = field(default_factory=EwcConfig)
+    """ewc: how firmly weights are held that earlier tasks depend on."""
     inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
     """inflora: how much of each task is protected."""
     save_models: bool = True

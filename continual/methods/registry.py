@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from continual.method import Method
+from continual.methods.ewc import Ewc
 from continual.methods.inflora import InfLora
 from continual.methods.replay import Replay
 
@@ -39,6 +40,7 @@ METHODS: dict[str, Entry] = {
     "joint": Entry(kind=Method, make=lambda config: Method()),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
+    "ewc": Entry(kind=Ewc, make=lambda config: Ewc(config.ewc), sections=("ewc",), restarts=False),
     "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""

@@ -30,10 +30,11 @@ BATCHES = [
     "evaluation.every=0",
     "evaluation.sequences=16",
 ]
+SETTINGS = {"ewc": ["continual.ewc.samples=16", "continual.ewc.group=2", "continual.ewc.strength=100.0"]}
 
 
 def words(folder, *more, tasks=TASKS, method="inflora"):
-    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}"]
+    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}", *SETTINGS.get(method, [])]
     return [*BATCHES, *stream, f"run.dir={folder}", *more]
 
 
@@ -80,7 +81,7 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "inflora"])
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
@@ -91,12 +92,13 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
-def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path):
+@pytest.mark.parametrize("method", ["sequential", "ewc"])
+def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
-    assert train.main(words(folder, tasks=TASKS[:2], method="sequential")) == exits.DONE
-    assert train.main(words(folder, method="sequential")) == exits.DONE
-    assert steps_of(folder) == steps_of(undisturbed("sequential"))
-    assert same_end(folder, undisturbed("sequential"))
+    assert train.main(words(folder, tasks=TASKS[:2], method=method)) == exits.DONE
+    assert train.main(words(folder, method=method)) == exits.DONE
+    assert steps_of(folder) == steps_of(undisturbed(method))
+    assert same_end(folder, undisturbed(method))
 
 
 def test_going_back_to_a_task_trains_it_again_to_the_same_end_and_keeps_what_was_there(undisturbed, tmp_path):
@@ -164,6 +166,8 @@ def _train(_, overrides):
         ("inflora", 2, ["parallel=zero2"]),
         ("replay", 2, ["parallel=zero3"]),
         ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
+        ("ewc", 2, ["parallel=zero2"]),
+        ("ewc", 4, ["parallel=zero3", "parallel.tensor=2"]),
     ],
 )
 def test_several_processes_give_the_matrix_and_the_losses_of_one(
