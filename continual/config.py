@@ -7,6 +7,7 @@ from typing import Any
 from continual.classes import Scenario, check_split, split_tasks
 from continual.methods.ewc import EwcConfig
 from continual.methods.inflora import InfLoraConfig
+from continual.methods.o_lora import OLoraConfig
 from continual.methods.registry import METHODS
 from continual.methods.replay import ReplayConfig
 from continual.stream import TaskConfig, parse_tasks
@@ -42,6 +43,8 @@ class ContinualConfig:
     """ewc: how firmly weights are held that earlier tasks depend on."""
     inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
     """inflora: how much of each task is protected."""
+    o_lora: OLoraConfig = field(default_factory=OLoraConfig)
+    """o_lora: how strongly tasks are kept apart."""
     save_models: bool = True
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None

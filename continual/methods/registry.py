@@ -7,6 +7,7 @@ from typing import Any
 from continual.method import Method
 from continual.methods.ewc import Ewc
 from continual.methods.inflora import InfLora
+from continual.methods.o_lora import OLora
 from continual.methods.replay import Replay
 
 
@@ -42,5 +43,12 @@ METHODS: dict[str, Entry] = {
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
     "ewc": Entry(kind=Ewc, make=lambda config: Ewc(config.ewc), sections=("ewc",), restarts=False),
     "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "o_lora": Entry(
+        kind=OLora,
+        make=lambda config: OLora(config.o_lora),
+        sections=("o_lora",),
+        low_rank=True,
+        restarts=False,
+    ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""

@@ -81,7 +81,7 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora"])
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "o_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
@@ -167,6 +167,8 @@ def _train(_, overrides):
         ("replay", 2, ["parallel=zero3"]),
         ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
         ("ewc", 2, ["parallel=zero2"]),
+        ("o_lora", 2, ["parallel=zero2"]),
+        ("o_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
         ("ewc", 4, ["parallel=zero3", "parallel.tensor=2"]),
     ],
 )
