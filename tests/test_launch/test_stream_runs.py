@@ -92,6 +92,30 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
+def _losing(run):
+    """A fold that loses the update."""
+    for layer in run.conversion.low_rank.values():
+        run.engine.store.write(layer.up, torch.zeros(run.engine.store.shape(layer.up)))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_fold_leaves_the_outputs_as_they_are_and_tells_when_it_does_not(
+    tmp_path, monkeypatch, capsys, dtype, rounding
+):
+    def difference(folder):
+        line = words(folder, f"training.dtype={dtype}", "optimizer.lr=3e-2", tasks=TASKS[:2])
+        assert train.main(line) == exits.DONE
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [one["report"] for one in events if one.get("event") == "stage"][-1]["fold_difference"]
+
+    assert difference(tmp_path / "sound") < rounding
+    assert "do not trust" not in capsys.readouterr().out
+    monkeypatch.setattr("launch.stages.fold", _losing)
+    monkeypatch.setattr("launch.fold_check.ALLOWED", {torch.float32: 1e-3, torch.bfloat16: 0.03})
+    assert difference(tmp_path / "broken") > 0.03
+    assert "do not trust this task's model" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("method", ["sequential", "ewc"])
 def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
