@@ -24,6 +24,8 @@ class Entry:
     """Whether it works on factors only, so that lora=none is refused."""
     restarts: bool = True
     """Whether factors may be merged and drawn anew inside a task."""
+    heads: bool = False
+    """Whether LTE's heads may train a task apart, each with factors of its own."""
 
     @property
     def folds(self) -> bool:
@@ -37,18 +39,16 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "sequential": Entry(kind=Method, make=lambda config: Method()),
-    "joint": Entry(kind=Method, make=lambda config: Method()),
+    "sequential": Entry(kind=Method, make=lambda config: Method(), heads=True),
+    "joint": Entry(kind=Method, make=lambda config: Method(), heads=True),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
-    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
+    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",), heads=True),
     "ewc": Entry(kind=Ewc, make=lambda config: Ewc(config.ewc), sections=("ewc",), restarts=False),
-    "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "inflora": Entry(
+        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True, heads=True
+    ),
     "o_lora": Entry(
-        kind=OLora,
-        make=lambda config: OLora(config.o_lora),
-        sections=("o_lora",),
-        low_rank=True,
-        restarts=False,
+        kind=OLora, make=lambda config: OLora(config.o_lora), sections=("o_lora",), low_rank=True, restarts=False
     ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""
