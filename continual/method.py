@@ -94,6 +94,10 @@ class Term:
     weight: float = 1.0
     loss: Loss | None = None
     """None: the cross-entropy."""
+    stage: "Stage | None" = None
+    """Whose samples a classifier is shown; None: those of the stage in training."""
+    all_seen: bool = False
+    """Whether all classes seen so far compete, also where continual.logits=task lets only the stage's own do so."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,8 +189,14 @@ class Trainee(Protocol):
         Masters stay as they are. No gradients may be under way. Low-rank factors have `relora.linear.standing_in`.
         """
 
-    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The squared Frobenius norm of each whole master. Shapes: (len(parameters),), float64."""
+    def squared_norms(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor] | None = None) -> Tensor:
+        """The squared Frobenius norm of each whole master, or of tensors cut like them.
+
+        Shapes: (len(parameters),), float64
+        """
+
+    def step_sizes(self, parameter: nn.Parameter) -> Tensor:
+        """What the last update multiplied each entry of Adam's first moment by, in parts like `store.master`."""
 
     def gradients(self, terms: Iterable[Term]) -> dict[nn.Parameter, Tensor]:
         """The gradient of a loss, summed over all processes, in parts like `store.master`; nothing is updated."""

@@ -96,11 +96,11 @@ class Run:
 
     def among(self, term: Term) -> Term:
         """A term of the loss, with word of the classes that compete for its samples."""
-        count, continual, stage = len(self.course.class_names), self.config.continual, self.stage
+        count, continual, stage = len(self.course.class_names), self.config.continual, term.stage or self.stage
         if not count or term.batch.classes is not None:
             return term
         assert continual is not None
-        own = continual.logits is Competing.task and stage.kind is TaskKind.classification
+        own = continual.logits is Competing.task and stage.kind is TaskKind.classification and not term.all_seen
         return replace(term, batch=term.batch.among(stage.data.classes if own else stage.seen, count))
 
     def next_batch(self) -> Batch:

@@ -11,6 +11,7 @@ import torch
 
 from continual.method import Stage
 from continual.methods.registry import METHODS
+from launch.fold_check import FoldCheck
 from launch.heads import drawn_for
 from launch.run import Run, measure_update
 from launch.saves import last_checkpoint, load_weights, save_checkpoint, save_folder
@@ -61,7 +62,9 @@ def end_stage(run: Run, stage: Stage) -> None:
     run.method.end_stage(run.trainee, stage)
     report = run.method.report()
     if METHODS[config.method].folds and run.conversion is not None:
+        check = FoldCheck(run, stage)
         fold(run)
+        report = {**report, "fold_difference": check.difference(run)}
     state.boundaries.append(step_name(state.step))
     _measure(run, stage, report)
     save_checkpoint(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from continual.config import Competing, ContinualConfig
+from continual.fisher import Labels
 from continual.method import TaskKind
 from continual.methods.registry import METHODS
 from relora.errors import ConfigError
@@ -50,10 +51,10 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
         raise ConfigError(
             "full_rank: true has no effect with lora=none, where all tasks train at full rank: leave it out"
         )
-    if continual.logits is Competing.task and (method == "joint" or "replay" in entry.sections):
+    if continual.logits is Competing.task and method == "joint":
         raise ConfigError(
-            f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
-            "on them: choose continual.logits=seen"
+            "continual.logits=task has no effect with continual.method=joint, whose one task has all classes: choose "
+            "continual.logits=seen"
         )
 
 
@@ -96,6 +97,11 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
     if forgetting:
         raise ConfigError(
             f"continual.method={continual.method} does not forget, which {forgetting[0]} asks for: leave that task out"
+        )
+    text = [stage.name for stage in course.stages if stage.kind is not TaskKind.classification]
+    if continual.method == "ewc" and continual.ewc.labels is Labels.model and text:
+        raise ConfigError(
+            f"continual.ewc.labels=model draws classes, and {text[0]} has none: choose continual.ewc.labels=data"
         )
     if "replay" in METHODS[continual.method].sections:
         continual.replay.samples(config.job_batch, processes)

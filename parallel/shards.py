@@ -252,14 +252,18 @@ class Shards:
         return region, part if region.is_flat else part.view(region.cut_shape)
 
     @torch.no_grad()
-    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Squared Frobenius norms of whole masters. Shapes: (len(parameters),), float64."""
+    def squared_norms(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor] | None = None) -> Tensor:
+        """Squared Frobenius norms of whole masters, or of tensors cut like them.
+
+        Shapes: (len(parameters),), float64
+        """
         axes = self._runtime
         sums = torch.zeros(len(parameters), dtype=torch.float64, device=axes.device)
         for number, parameter in enumerate(parameters):
             holders = 1 if self._spread else axes.data.size
             holders *= 1 if self._names[parameter] in self._cut else axes.tensor.size
-            sums[number] = self.master(parameter).double().square().sum() / holders
+            held = self.master(parameter) if parts is None else parts[number]
+            sums[number] = held.double().square().sum() / holders
         return sum_over(axes.model, sums)
 
     # ---- for checkpoints

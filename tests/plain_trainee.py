@@ -70,8 +70,13 @@ class PlainTrainee:
         for parameter, value in own.items():
             parameter.data.copy_(value)
 
-    def squared_norms(self, parameters):
-        return torch.stack([parameter.detach().double().square().sum() for parameter in parameters])
+    def squared_norms(self, parameters, parts=None):
+        return torch.stack([one.detach().double().square().sum() for one in (parts or parameters)])
+
+    def step_sizes(self, parameter):
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[parameter]
+        root = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt()
+        return (self.lr / (root + group["eps"])).view(-1)
 
     def forward(self, batch, **wanted):
         return self.model(**batch.inputs, **wanted)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from continual.method import Method
+from continual.methods.ewc import Ewc
 from continual.methods.i_lora import ILora
 from continual.methods.inflora import InfLora
+from continual.methods.o_lora import OLora
 from continual.methods.replay import Replay
 
 
@@ -42,6 +44,7 @@ METHODS: dict[str, Entry] = {
     "joint": Entry(kind=Method, make=lambda config: Method(), heads=True),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",), heads=True),
+    "ewc": Entry(kind=Ewc, make=lambda config: Ewc(config.ewc), sections=("ewc",), restarts=False),
     "inflora": Entry(
         kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True, heads=True
     ),
@@ -51,6 +54,9 @@ METHODS: dict[str, Entry] = {
         sections=("i_lora", "replay"),
         low_rank=True,
         restarts=False,
+    ),
+    "o_lora": Entry(
+        kind=OLora, make=lambda config: OLora(config.o_lora), sections=("o_lora",), low_rank=True, restarts=False
     ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""

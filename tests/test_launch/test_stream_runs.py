@@ -31,10 +31,11 @@ BATCHES = [
     "evaluation.every=0",
     "evaluation.sequences=16",
 ]
+SETTINGS = {"ewc": ["continual.ewc.samples=16", "continual.ewc.group=2", "continual.ewc.strength=100.0"]}
 
 
 def words(folder, *more, tasks=TASKS, method="inflora"):
-    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}"]
+    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}", *SETTINGS.get(method, [])]
     return [*BATCHES, *stream, f"run.dir={folder}", *more]
 
 
@@ -86,7 +87,7 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "inflora", "i_lora"])
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "i_lora", "o_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
@@ -97,7 +98,31 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
-@pytest.mark.parametrize("method", ["sequential", "i_lora"])
+def _losing(run):
+    """A fold that loses the update."""
+    for layer in run.conversion.low_rank.values():
+        run.engine.store.write(layer.up, torch.zeros(run.engine.store.shape(layer.up)))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_fold_leaves_the_outputs_as_they_are_and_tells_when_it_does_not(
+    tmp_path, monkeypatch, capsys, dtype, rounding
+):
+    def difference(folder):
+        line = words(folder, f"training.dtype={dtype}", "optimizer.lr=3e-2", tasks=TASKS[:2])
+        assert train.main(line) == exits.DONE
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [one["report"] for one in events if one.get("event") == "stage"][-1]["fold_difference"]
+
+    assert difference(tmp_path / "sound") < rounding
+    assert "do not trust" not in capsys.readouterr().out
+    monkeypatch.setattr("launch.stages.fold", _losing)
+    monkeypatch.setattr("launch.fold_check.ALLOWED", {torch.float32: 1e-3, torch.bfloat16: 0.03})
+    assert difference(tmp_path / "broken") > 0.03
+    assert "do not trust this task's model" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", ["sequential", "ewc", "i_lora"])
 def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     assert train.main(words(folder, tasks=TASKS[:2], method=method)) == exits.DONE
@@ -143,6 +168,9 @@ def test_a_task_that_has_begun_cannot_change(tmp_path, capsys, tasks, said):
         (TASKS, ["training.steps=5"], "training.steps=5 has no effect on a stream"),
         (TASKS, ["continual.replay.ratio=2.0"], "continual.replay.ratio has no effect"),
         (TASKS, ["continual.method=inflra"], "continual.method must be one of"),
+        (TASKS, ["continual.method=joint", "continual.logits=task"], "continual.logits=task has no effect with"),
+        (TASKS, ["continual.ewc.strength=2.0"], "continual.ewc.strength has no effect with continual.method=inflora"),
+        (TASKS, ["continual.method=ewc", "relora=relora"], "continual.method=ewc remembers factors"),
         (TASKS, ["training.stop_after=12"], "has no effect on a stream of 12 steps"),
         (TASKS, ["lte=heads", "lte.reset=factors"], "lte.reset=factors draws `down` at random"),
         (TASKS, ["lte=heads", "lte.exchange=shared"], "lte.exchange=shared draws `down` at random"),
@@ -198,6 +226,10 @@ LAYOUTS = [
     ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
     ("i_lora", 2, ["parallel=zero2"]),
     ("i_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
+    ("ewc", 2, ["parallel=zero2"]),
+    ("ewc", 4, ["parallel=zero3", "parallel.tensor=2"]),
+    ("o_lora", 2, ["parallel=zero2"]),
+    ("o_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
 ]
 
 
