@@ -178,7 +178,6 @@ def test_a_task_that_has_begun_cannot_change(tmp_path, capsys, tasks, said):
         (TASKS, ["lte=heads"], "a stream needs heads with processes of their own"),
         (TASKS, ["lora=none"], "continual.method=inflora works on low-rank factors"),
         (TASKS, ["continual.method=i_lora", "relora=relora"], "i_lora remembers factors, which restarts draw anew"),
-        (TASKS, ["continual.method=i_lora", "continual.logits=task"], "i_lora trains on them"),
         (TASKS, ["continual.method=i_lora", "continual.replay.ratio=0.3"], "continual.replay.ratio=0.3 makes 2.4"),
     ],
 )
