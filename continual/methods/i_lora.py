@@ -95,7 +95,7 @@ class ILora(Method):
         if on.layers and not self._average:
             self._average = {name: (one, on.store.master(one).clone()) for name, one in on.trainable().items()}
         for parameter, average in self._average.values():
-            # Outputs of a classifier for classes that came later are zero as yet, and nothing else is.
+            # A classifier's outputs for classes that were appended to the stream are zero as yet, and not drawn.
             torch.where(average == 0, on.store.master(parameter), average, out=average)
 
     def terms(self, on: Trainee, stage: Stage, batch: Batch) -> list[Term]:
