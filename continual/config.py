@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 from continual.classes import Scenario, check_split, split_tasks
+from continual.methods.gs_lora import GsLoraConfig
 from continual.methods.inflora import InfLoraConfig
 from continual.methods.registry import METHODS
 from continual.methods.replay import ReplayConfig
@@ -39,6 +40,8 @@ class ContinualConfig:
     """replay: what is remembered, and how much of it each update sees."""
     inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
     """inflora: how much of each task is protected."""
+    gs_lora: GsLoraConfig = field(default_factory=GsLoraConfig)
+    """gs_lora: how hard and how far requests to forget push, and how sparse the change is."""
     save_models: bool = True
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None

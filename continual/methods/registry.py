@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from continual.method import Method
+from continual.methods.gs_lora import GsLora
 from continual.methods.inflora import InfLora
 from continual.methods.replay import Replay
 
@@ -22,6 +23,8 @@ class Entry:
     """Whether it works on factors only, so that lora=none is refused."""
     restarts: bool = True
     """Whether factors may be merged and drawn anew inside a task."""
+    forgets: bool = False
+    """Whether it serves requests to forget."""
 
     @property
     def folds(self) -> bool:
@@ -40,5 +43,13 @@ METHODS: dict[str, Entry] = {
     "per_task": Entry(kind=Method, make=lambda config: Method()),
     "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
     "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "gs_lora": Entry(
+        kind=GsLora,
+        make=lambda config: GsLora(config.gs_lora),
+        sections=("gs_lora",),
+        low_rank=True,
+        restarts=False,
+        forgets=True,
+    ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""
