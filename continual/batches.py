@@ -39,7 +39,7 @@ class Batch:
 
     @property
     def row_targets(self) -> torch.Tensor:
-        """The same of each sample. Shapes: (B,)"""
+        """The same of each sample. Shapes: (B,)."""
         counted = self.labels[:, None] if self.labels.ndim == 1 else self.labels[:, 1:]
         return (counted != -100).sum(1)
 

@@ -17,25 +17,33 @@ from relora.errors import ConfigError
 from relora.targets import output_layer
 
 
-@contextmanager
-def features_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The inputs of the output layer, one for each forward pass made inside; the graph of gradients stays.
+def outputs_of(model: nn.Module) -> nn.Linear:
+    """The layer of a classifier's outputs.
 
-    Raises: ConfigError when the model has no single output layer.
+    Raises: ConfigError when the model has none, or it is low-rank.
     """
     layer = output_layer(model)
-    if layer is None:
+    if not isinstance(layer, nn.Linear):
         raise ConfigError(
             "continual.gs_lora's prototypes are of what enters a classifier's output layer, and this model has no "
             "such layer, or lora.target_modules names it: leave it out there, or leave out the prototypes"
         )
+    return layer
+
+
+@contextmanager
+def features_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The inputs of the output layer, one for each forward pass made inside; the graph of gradients stays.
+
+    Raises: ConfigError as `outputs_of` does.
+    """
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         caught.append(arguments[0])
 
     # Before the hooks of an engine, which may hand on a copy.
-    hook = layer.register_forward_pre_hook(catch, prepend=True)
+    hook = outputs_of(model).register_forward_pre_hook(catch, prepend=True)
     try:
         yield caught
     finally:
@@ -55,7 +63,7 @@ def pooled(features: Tensor, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def prototypes_of(on: Trainee, sets: Sequence[Samples], classes: int) -> Tensor:
+def prototypes_of(on: Trainee, sets: Sequence[Samples]) -> Tensor:
     """The prototype of each class that has samples in the sets, without dropout; zeros for others. Shapes: (C, D)."""
     was_training = on.model.training
     on.model.eval()
@@ -66,7 +74,7 @@ def prototypes_of(on: Trainee, sets: Sequence[Samples], classes: int) -> Tensor:
                 on.model(**batch.inputs)
             rows = pooled(caught[0], batch).double()
             if sums is None:
-                sums = rows.new_zeros(classes, rows.shape[1] + 1)
+                sums = rows.new_zeros(outputs_of(on.model).out_features, rows.shape[1] + 1)
             if counts:
                 sums.index_add_(0, batch.labels, F.pad(rows, (0, 1), value=1.0))
     on.model.train(was_training)

@@ -92,7 +92,7 @@ class GsLora(Method):
         self.dead, self._prototypes, self._measures, self._told = set(), None, {}, {}
         if stage.data.forget is not None and self.config.prototypes:
             sets = [stage.data.train, stage.data.forget]
-            self._prototypes = prototypes_of(on, sets, on.model.config.num_labels).cpu()  # type: ignore[union-attr]
+            self._prototypes = prototypes_of(on, sets).cpu()
 
     def terms(self, on: Trainee, stage: Stage, batch: Batch) -> list[Term]:
         """The task's loss; of a request to forget, that of what is retained, and the bounded one."""
