@@ -75,8 +75,8 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
 
 
 def _check_requests(continual: ContinualConfig, course: Course) -> None:
-    """Refuse requests to forget that the method does not serve, and settings that none of them reads."""
-    method, section = continual.method, continual.gs_lora
+    """Refuse requests to forget that the method does not serve."""
+    method = continual.method
     requests = [stage for stage in course.stages if stage.kind is TaskKind.forget]
     if requests and not METHODS[method].forgets:
         able = ", ".join(name for name, entry in METHODS.items() if entry.forgets)
@@ -90,17 +90,8 @@ def _check_requests(continual: ContinualConfig, course: Course) -> None:
                 f"continual.tasks.{stage.name}.full_rank=true: continual.method={method} forgets with low-rank "
                 "factors; leave it out there"
             )
-    if method != "gs_lora":
-        return
-    if section.prototypes and requests and not course.class_names:
+    if method == "gs_lora" and continual.gs_lora.prototypes and requests and not course.class_names:
         raise ConfigError(
             "continual.gs_lora.prototype_retain and prototype_forget are about classes, which a language model has "
             "none of: leave them out"
         )
-    unread = ("beta", "bound", "prototype_retain", "prototype_forget", "prototype_bound")
-    for name in unread if not requests else ():
-        if getattr(section, name) != getattr(type(section)(), name):
-            raise ConfigError(
-                f"continual.gs_lora.{name}={getattr(section, name)} has no effect on a stream without a task of kind "
-                "forget: leave it out"
-            )

@@ -28,9 +28,9 @@ class GsLoraConfig:
 
     beta: float = 0.5
     """Weight of the forget loss."""
-    bound: float = 10.0
+    bound: float = 5.0
     """Nats per target at which a sample counts as forgotten, and is pushed no further."""
-    alpha: float = 0.3
+    alpha: float = 1.0
     """Weight of the group-sparse penalty: what it takes from an entry in an update, in learning rates."""
     warmup: float = 0.3
     """Share of a task's updates before the penalty begins."""
