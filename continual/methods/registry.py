@@ -25,6 +25,8 @@ class Entry:
     """Whether factors may be merged and drawn anew inside a task."""
     forgets: bool = False
     """Whether it serves requests to forget."""
+    heads: bool = False
+    """Whether LTE's heads may train a task apart, each with factors of its own."""
 
     @property
     def folds(self) -> bool:
@@ -38,11 +40,13 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "sequential": Entry(kind=Method, make=lambda config: Method()),
-    "joint": Entry(kind=Method, make=lambda config: Method()),
+    "sequential": Entry(kind=Method, make=lambda config: Method(), heads=True),
+    "joint": Entry(kind=Method, make=lambda config: Method(), heads=True),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
-    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
-    "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",), heads=True),
+    "inflora": Entry(
+        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True, heads=True
+    ),
     "gs_lora": Entry(
         kind=GsLora,
         make=lambda config: GsLora(config.gs_lora),
