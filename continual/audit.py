@@ -12,25 +12,16 @@ from continual.metrics import h_mean
 
 def audit(before: Mapping[str, float], after: Mapping[str, float], *, accuracy: bool) -> dict[str, float]:
     """What a request forgot and kept: of classifiers by accuracy, of language models by nats per target."""
+    kind = "" if accuracy else "loss_"
+    told = {
+        f"{name}_{kind}{when}": scores[name]
+        for name in ("forgotten", "retained")
+        for when, scores in (("before", before), ("after", after))
+    }
     earlier = [score for name, score in after.items() if name.split()[0] == "earlier"]
+    if earlier:
+        told[f"earlier_{kind}after"] = fmean(earlier)
     if accuracy:
         drop = before["forgotten"] - after["forgotten"]
-        told = {
-            "forgotten_before": before["forgotten"],
-            "forgotten_after": after["forgotten"],
-            "retained_before": before["retained"],
-            "retained_after": after["retained"],
-        }
-        told |= {"earlier_after": fmean(earlier)} if earlier else {}
         return told | {"drop": drop, "h_mean": h_mean(drop, after["retained"])}
-    told = {
-        "forgotten_loss_before": before["forgotten"],
-        "forgotten_loss_after": after["forgotten"],
-        "retained_loss_before": before["retained"],
-        "retained_loss_after": after["retained"],
-    }
-    told |= {"earlier_loss_after": fmean(earlier)} if earlier else {}
-    return told | {
-        "forgotten_rise": after["forgotten"] - before["forgotten"],
-        "retained_rise": after["retained"] - before["retained"],
-    }
+    return told | {f"{name}_rise": after[name] - before[name] for name in ("forgotten", "retained")}
