@@ -143,6 +143,7 @@ def _planned(task: TaskConfig, sets: dict[str, LabelledSet], known: _Known, scen
     for name in names:
         known.outputs.setdefault(name, len(known.outputs))
     known.taught_by[task.name] = list(names)
+    known.forgotten = [name for name in known.forgotten if name not in names]
     _check_samples(train, names, f"{task.key}.data: {labelled.name}", "to train on")
     _check_samples(test, names, f"{task.key}: {labelled.name}", "to measure on")
     return _Plan(

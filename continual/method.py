@@ -68,6 +68,8 @@ class Stage:
     data: TaskData
     seen: tuple[int, ...] = ()
     """Outputs of all classes of this task and the ones before it."""
+    forgotten: tuple[int, ...] = ()
+    """Those among them that this task or one before it asks to forget."""
     full_rank: bool = False
     """Whether all weights train: a warm start."""
     lr: float | None = None

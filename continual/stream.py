@@ -109,9 +109,11 @@ def stages_of(tasks: Sequence[TaskConfig], data: Sequence[TaskData], global_batc
     """When each task is trained."""
     stages: list[Stage] = []
     seen: dict[int, None] = {}
+    forgotten: set[int] = set()
     first = 0
     for index, (task, one) in enumerate(zip(tasks, data, strict=True)):
         seen |= dict.fromkeys(one.classes)
+        forgotten = forgotten | {*one.classes} if task.kind is TaskKind.forget else forgotten - {*one.classes}
         steps = task.steps or math.ceil((task.epochs or 0.0) * len(one.train) / global_batch)
         stages.append(
             Stage(
@@ -122,6 +124,9 @@ def stages_of(tasks: Sequence[TaskConfig], data: Sequence[TaskData], global_batc
                 steps=steps,
                 data=one,
                 seen=tuple(sorted(seen)),
+                forgotten=tuple(sorted(forgotten)),
+                full_rank=task.full_rank,
+                lr=task.lr,
             )
         )
         first += steps

@@ -51,7 +51,7 @@ class StageRecord:
     report: dict[str, Any] = field(default_factory=dict)
     """What the method tells of it."""
     audit: dict[str, Any] | None = None
-    """What was forgotten on purpose, and what was kept."""
+    """What was forgotten on purpose, what was kept, and under `unlearned` the tasks of which nothing is left."""
 
     def values(self) -> Record:
         """Plain values, for records and checkpoints; what is not known is left out."""
@@ -96,6 +96,9 @@ class Stream:
         """A row for each stage; of those that were never recorded here, an empty one."""
         recorded = {record.index: record for record in self.stages}
         learned = {task: record.index for record in reversed(self.stages) for task in record.learned}
+        for record in self.stages:
+            for task in (record.audit or {}).get("unlearned", ()):
+                learned.pop(task, None)
         samples = {task: score.samples for record in self.stages for task, score in record.scores.items()}
         return ScoreMatrix(
             rows=[self.row(recorded.get(index)) for index in range(max(recorded, default=-1) + 1)],
@@ -107,7 +110,9 @@ class Stream:
 
     def summary(self) -> dict[str, Any]:
         """What summary.json tells of the stream."""
-        return {"tasks": self.tasks, "score": self.score, **summary(self.matrix, score=self.score)}
+        told = {"tasks": self.tasks, "score": self.score, **summary(self.matrix, score=self.score)}
+        audits = {stage.task: stage.audit for stage in self.stages if stage.audit is not None}
+        return {**told, "audits": audits} if audits else told
 
 
 def stream_of(records: Sequence[StageRecord]) -> Stream:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from continual.method import Stage
+from continual.method import Stage, TaskKind
 from continual.methods.registry import METHODS
 from launch.fold_check import FoldCheck
 from launch.heads import drawn_for
 from launch.run import Run, measure_update
 from launch.saves import last_checkpoint, load_weights, save_checkpoint, save_folder
-from launch.scores import measuring_of, scores_of
+from launch.scores import audit_of, column, measuring_of, scores_of
 from launch.stage_notes import note_stage
 from launch.stage_records import BEFORE, StageRecord
 from launch.trainee import EngineTrainee
@@ -45,6 +45,7 @@ def begin_stage(run: Run, stage: Stage) -> None:
     if run.sync is not None:
         run.sync.forget_momenta()
     state.forget_spikes()
+    _measure_request(run, stage)
     run.method.begin_stage(run.trainee, stage)
     state.begun = stage.index + 1
     run.watch.say(
@@ -105,6 +106,7 @@ def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
     with run.method.measured(run.trainee):
         scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
     before = sum(row.get("seconds", 0.0) for row in state.rows)
+    audit = None if stage is None else audit_of(stage, run.course.tasks, records_of(run)[-1].scores, scores)
     record = StageRecord(
         step=state.step,
         task="start" if stage is None else stage.name,
@@ -115,8 +117,21 @@ def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
         peak_memory_bytes=peak_memory_bytes(run.runtime.device),
         method_bytes=method_bytes(run),
         report=report,
+        audit=audit,
     )
     state.rows.append(record.values())
+    note_stage(run.watch, records_of(run))
+
+
+def _measure_request(run: Run, stage: Stage) -> None:
+    """Add what a request to forget is audited against to the newest row, if it was not there to be measured then."""
+    if stage.kind is not TaskKind.forget:
+        return
+    newest = records_of(run)[-1]
+    if {column(stage, label) for label in stage.data.held_out} <= newest.scores.keys():
+        return
+    newest.scores |= scores_of(run.model, [stage], stage, measuring_of(run))
+    run.state.rows[-1] = newest.values()
     note_stage(run.watch, records_of(run))
 
 

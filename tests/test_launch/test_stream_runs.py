@@ -87,7 +87,7 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "i_lora", "o_lora"])
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "i_lora", "o_lora", "gs_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
