@@ -122,6 +122,8 @@ def stages_of(tasks: Sequence[TaskConfig], data: Sequence[TaskData], global_batc
                 steps=steps,
                 data=one,
                 seen=tuple(sorted(seen)),
+                full_rank=task.full_rank,
+                lr=task.lr,
             )
         )
         first += steps
