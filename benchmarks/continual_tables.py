@@ -57,10 +57,8 @@ def _against(groups: Sequence[StreamGroup], own: StreamGroup) -> str:
 
 def _difference(stream: Stream, own: Stream) -> list[Entry]:
     last, best = dict(zip(stream.tasks, stream.row(stream.stages[-1]), strict=True)), own.row(own.stages[-1])
-    return [
-        None if score is None or last.get(task) is None else last[task] - score
-        for task, score in zip(own.tasks, best, strict=True)
-    ]
+    pairs = [(last.get(task), score) for task, score in zip(own.tasks, best, strict=True)]
+    return [None if one is None or score is None else one - score for one, score in pairs]
 
 
 def _costs(groups: Sequence[StreamGroup]) -> str:
