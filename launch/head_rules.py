@@ -46,6 +46,11 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
     Raises:
         ConfigError: something that is for heads with processes of their own.
     """
+    if config.continual is not None:
+        raise ConfigError(
+            f"a stream needs heads with processes of their own, and here each process holds {hosted} of "
+            f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or choose lte=none"
+        )
     needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
     for key, value in needed.items():
         section, leaf = key.split(".")
