@@ -117,7 +117,7 @@ def stream_of(records: Sequence[StageRecord]) -> Stream:
     by_index = {record.index: record for record in records}
     stages = [by_index[index] for index in sorted(by_index) if index != BEFORE]
     scores = [score for record in records for score in record.scores.values()]
-    accurate = all(score.accuracy is not None for score in scores)
+    accurate = all(score.accuracy is not None and (score.perplexity is None or score.metric) for score in scores)
     return Stream(
         stages=stages,
         baseline=by_index.get(BEFORE),
