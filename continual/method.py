@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from continual.answers import AnswerMetric
 from continual.batches import Batch, HeldOut, Samples
 from continual.order import Indices
 from relora.linear import LowRankLinear
@@ -74,6 +75,8 @@ class Stage:
     """Whether all weights train: a warm start."""
     lr: float | None = None
     """Its peak learning rate; None: the run's."""
+    metric: AnswerMetric = AnswerMetric.loss
+    """What it is measured by, beside the loss."""
 
     @property
     def own_held_out(self) -> HeldOut:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from continual.answers import AnswerMetric
 from continual.audit import audit
 from continual.batches import Batch, HeldOut
 from continual.classes import Scenario
+from continual.instruction import AnswerHeldOut
 from continual.method import Stage, TaskKind
+from launch.decoding import answer_score
 from launch.objective import called, competing, row_losses, turns, validation_batches
 from launch.run import Run
 from launch.stage_records import Score
@@ -33,6 +36,8 @@ class Measuring:
     classes: int
     """Outputs of the classifier; 0 for a language model."""
     scenario: Scenario
+    tokenizer: Any = None
+    """Of transformers: reads what a language model writes."""
 
 
 def scores_of(model: nn.Module, tasks: Sequence[Stage], after: Stage | None, measuring: Measuring) -> dict[str, Score]:
@@ -54,6 +59,9 @@ def scores_of(model: nn.Module, tasks: Sequence[Stage], after: Stage | None, mea
             without = () if request and label != "retained" else gone
             score = measured(model, held_out, among, task.data.classes, measuring, without=without)
             if score.samples:
+                if task.metric is not AnswerMetric.loss:
+                    score.metric = task.metric.value
+                    score.accuracy = _of_answers(model, held_out, task.metric, measuring)
                 scores[column(task, label)] = score
     return scores
 
@@ -96,6 +104,21 @@ def measuring_of(run: Run) -> Measuring:
         sequences=config.evaluation.sequences,
         classes=len(run.course.class_names),
         scenario=continual.scenario,
+        tokenizer=run.course.tokenizer,
+    )
+
+
+def _of_answers(model: nn.Module, held_out: HeldOut, metric: AnswerMetric, measuring: Measuring) -> float:
+    assert isinstance(held_out, AnswerHeldOut), "only prompts with answers have such a metric"
+    return answer_score(
+        model,
+        held_out,
+        metric,
+        measuring.tokenizer,
+        axis=measuring.axis,
+        device=measuring.device,
+        size=measuring.size,
+        samples=measuring.sequences,
     )
 
 

@@ -21,7 +21,9 @@ class Score:
     loss: float | None = None
     """Nats per target."""
     accuracy: float | None = None
-    """From 0 to 1; classifiers only."""
+    """From 0 to 1: of a classifier the share right, of answers that are written what `metric` makes of them."""
+    metric: str | None = None
+    """exact, choice or rouge_l where answers are written."""
     accuracy_in_task: float | None = None
     """The same when the task is known, so that only its own classes compete."""
     perplexity: float | None = None
@@ -120,7 +122,7 @@ def stream_of(records: Sequence[StageRecord]) -> Stream:
     by_index = {record.index: record for record in records}
     stages = [by_index[index] for index in sorted(by_index) if index != BEFORE]
     scores = [score for record in records for score in record.scores.values()]
-    accurate = all(score.accuracy is not None and score.perplexity is None for score in scores)
+    accurate = all(score.accuracy is not None and (score.perplexity is None or score.metric) for score in scores)
     return Stream(
         stages=stages,
         baseline=by_index.get(BEFORE),

@@ -39,7 +39,7 @@ def begin_stage(run: Run, stage: Stage) -> None:
         return
     if state.begun == 0:
         _measure(run, None, {})
-    if run.config.continual is not None and run.config.continual.method == "per_task" and not stage.full_rank:
+    if _has_model_per_task(run) and not stage.full_rank:
         _return_to_start(run)
     _clear_optimizer(run)
     if run.sync is not None:
@@ -101,10 +101,17 @@ def fold(run: Run) -> None:
 
 
 def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
-    """Add a row to the matrix: every task that the model can be asked for by now."""
+    """Add a row to the matrix: every task that the model can be asked for by now.
+
+    Of a model per task the scores on earlier tasks are those of their own models, which have not changed.
+    """
     state = run.state
     with run.method.measured(run.trainee):
         scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
+    if stage is not None and _has_model_per_task(run):
+        scores |= {
+            task: score for task, score in records_of(run)[-1].scores.items() if task in _names_before(run, stage)
+        }
     before = sum(row.get("seconds", 0.0) for row in state.rows)
     audit = None if stage is None else audit_of(stage, run.course.tasks, records_of(run)[-1].scores, scores)
     record = StageRecord(
@@ -145,6 +152,14 @@ def method_bytes(run: Run) -> int:
     state = run.method.state()
     tensors = [*state.tensors.values(), *(part for _, part in state.parts.values())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _has_model_per_task(run: Run) -> bool:
+    return run.config.continual is not None and run.config.continual.method == "per_task"
+
+
+def _names_before(run: Run, stage: Stage) -> list[str]:
+    return [task.name for task in run.course.tasks if task.index < stage.index]
 
 
 def _clear_optimizer(run: Run) -> None:

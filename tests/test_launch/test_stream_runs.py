@@ -87,6 +87,22 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
+def test_a_task_has_its_own_rate_and_joint_training_keeps_the_warm_start_apart(tmp_path):
+    folder, tasks = tmp_path / "run", [TASKS[0].replace("steps: 4", "steps: 4, lr: 0.5"), *TASKS[1:]]
+    line = words(
+        folder, "schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=0.25", tasks=tasks, method="joint"
+    )
+    assert train.main([word for word in line if word != "schedule.warmup_steps=1"]) == exits.DONE
+    assert [(task, lr) for _, task, _, lr in steps_of(folder)] == [("one", 0.5)] * 4 + [("joint", 0.25)] * 8
+
+
+def test_a_model_per_task_keeps_its_score(tmp_path):
+    assert train.main(words(tmp_path / "run", method="per_task")) == exits.DONE
+    rows = rows_of(tmp_path / "run")
+    assert rows[1][0] == rows[2][0] == rows[0][0]
+    assert rows[2][1] == rows[1][1]
+
+
 @pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "i_lora", "o_lora", "gs_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
