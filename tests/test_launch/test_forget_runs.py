@@ -8,7 +8,7 @@ from launch import exits, train
 from launch.history import read_history
 from launch.stage_records import read_stream
 from launch.stream_tables import audit_table, report_table
-from tests.test_launch.test_stream_runs import BATCHES, same_end, steps_of
+from tests.stream_runs import BATCHES, same_end, steps_of
 
 TASKS = [
     "{name: base, kind: classification, data: digits, classes: ['0', '1', '2', '3'], "

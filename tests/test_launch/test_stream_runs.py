@@ -8,67 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from launch import exits, export, train
-from parallel.checkpoint import open_checkpoint
-
-TASKS = [
-    "{name: one, kind: classification, data: digits, classes: ['0', '1'], steps: 4, full_rank: true}",
-    "{name: two, kind: classification, data: digits, classes: ['2', '3'], steps: 4}",
-    "{name: three, kind: classification, data: digits, classes: ['4', '5'], steps: 4}",
-]
-BATCHES = [
-    "model=vit_digits",
-    "model.config.hidden_size=16",
-    "model.config.intermediate_size=16",
-    "model.config.num_hidden_layers=1",
-    "model.config.num_attention_heads=2",
-    "continual=custom",
-    "relora=none",
-    "lora.rank=4",
-    "lora.dense=[head]",
-    "training.global_batch_size=8",
-    "schedule.warmup_steps=1",
-    "schedule.restart_warmup_steps=0",
-    "evaluation.every=0",
-    "evaluation.sequences=16",
-]
-SETTINGS = {"ewc": ["continual.ewc.samples=16", "continual.ewc.group=2", "continual.ewc.strength=100.0"]}
-
-
-def words(folder, *more, tasks=TASKS, method="inflora"):
-    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}", *SETTINGS.get(method, [])]
-    return [*BATCHES, *stream, f"run.dir={folder}", *more]
-
-
-def steps_of(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(one["step"], one["task"], one["loss"], one["lr"]) for one in records if "event" not in one]
-
-
-def rows_of(folder):
-    return json.loads((folder / "summary.json").read_text())["matrix"]
-
-
-def event_of(folder, kind):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return next(one for one in records if one.get("event") == kind)
-
-
-def same_end(one, other):
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from tests.stream_runs import TASKS, event_of, rows_of, runs_by_method, same_end, steps_of, words
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    done = {}
-
-    def run(method):
-        if method not in done:
-            done[method] = tmp_path_factory.mktemp("streams") / method
-            assert train.main(words(done[method], method=method)) == exits.DONE
-        return done[method]
-
-    return run
+    return runs_by_method(tmp_path_factory.mktemp("streams"))
 
 
 def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_boundary(undisturbed):
@@ -209,79 +154,6 @@ def test_a_stream_that_cannot_be_trained_is_refused_by_name_before_anything_is_w
     error = " ".join(capsys.readouterr().err.split())
     assert said in error, error
     assert not folder.exists()
-
-
-def _train(_, overrides):
-    return train.main(overrides)
-
-
-def protected(folder):
-    """By distinct input, the projection on what InfLoRA protects at the end of the run."""
-    (last,) = (folder / "checkpoints").glob("step_00000012")
-    checkpoint = open_checkpoint(last)
-    names = [name for name in checkpoint.names("method") if name.startswith("whole/basis.")]
-    return {name: (basis := checkpoint.whole("method", name)) @ basis.T for name in names}
-
-
-def assert_same_numbers(folder, other, method):
-    ours, theirs = steps_of(folder), steps_of(other)
-    assert [one[:2] for one in ours] == [one[:2] for one in theirs]
-    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-5)
-    assert rows_of(folder) == rows_of(other)
-    if method == "inflora":
-        bases, expected = protected(folder), protected(other)
-        assert bases.keys() == expected.keys() != set()
-        for name, projection in bases.items():
-            torch.testing.assert_close(projection, expected[name], atol=1e-5, rtol=0)
-
-
-LAYOUTS = [
-    ("inflora", 2, ["parallel=zero2"]),
-    ("replay", 2, ["parallel=zero3"]),
-    ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
-    ("i_lora", 2, ["parallel=zero2"]),
-    ("i_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
-    ("ewc", 2, ["parallel=zero2"]),
-    ("ewc", 4, ["parallel=zero3", "parallel.tensor=2"]),
-    ("o_lora", 2, ["parallel=zero2"]),
-    ("o_lora", 4, ["parallel=zero3", "parallel.tensor=2"]),
-]
-
-
-@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS)
-def test_several_processes_give_the_matrix_and_the_losses_of_one(
-    on_processes, undisturbed, tmp_path, method, size, layout
-):
-    folder = tmp_path / "run"
-    assert on_processes(_train, size, words(folder, *layout, method=method)) == [exits.DONE] * size
-    assert_same_numbers(folder, undisturbed(method), method)
-
-
-@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS[1:])
-def test_a_run_stopped_in_the_second_task_goes_on_elsewhere(on_processes, undisturbed, tmp_path, method, size, layout):
-    folder = tmp_path / "run"
-    assert train.main(words(folder, "training.stop_after=6", method=method)) == exits.PREEMPTED
-    there = words(folder, *layout, "training.stop_after=10", method=method)
-    assert on_processes(_train, size, there) == [exits.PREEMPTED] * size
-    assert train.main(words(folder, method=method)) == exits.DONE
-    assert_same_numbers(folder, undisturbed(method), method)
-
-
-@pytest.mark.parametrize("method", ["replay", "inflora"])
-def test_heads_that_train_tasks_apart_sync_at_their_ends_and_resume_exactly(on_processes, tmp_path, method):
-    whole, halted = tmp_path / "whole", tmp_path / "halted"
-    heads = ["lte=heads", "lte.heads=2", "lte.sync_every=3", "lte.outer=nesterov", "lte.outer_lr=0.7"]
-    heads += ["lte.outer_momentum=0.5", "checkpoint.every=3"]
-    assert on_processes(_train, 2, words(whole, *heads, method=method)) == [exits.DONE] * 2
-    stopped = words(halted, *heads, "training.stop_after=6", method=method)
-    assert on_processes(_train, 2, stopped) == [exits.PREEMPTED] * 2
-    assert on_processes(_train, 2, words(halted, *heads, method=method)) == [exits.DONE] * 2
-    assert steps_of(halted) == steps_of(whole)
-    assert same_end(halted, whole)
-    before, after = (load_file(whole / "tasks" / name / "model.safetensors") for name in ("02_two", "03_three"))
-    name = next(name for name in before if name.endswith("query.weight") or name.endswith("q_proj.weight"))
-    rank = int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3))
-    assert rank <= 4 if method == "inflora" else rank > 4  # one `down` for all heads, or one for each
 
 
 def test_the_matrix_and_the_written_models_are_those_of_the_chosen_adapter(undisturbed, tmp_path):
