@@ -1,5 +1,7 @@
 """The study of continual training: its jobs compose, its tables follow from the document, its page keeps its words."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.continual import main
@@ -11,6 +13,9 @@ from launch import exits
 from launch.config import load
 from launch.stage_records import Score, StageRecord
 from relora.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def stage(index, seconds, **accuracies):
@@ -88,3 +93,11 @@ def test_the_study_runs_and_a_method_of_its_own_per_task_forgets_nothing(tmp_pat
     assert own[-1]["scores"]["t0"] == own[-2]["scores"]["t0"]
     for name in ("d.png", "d_tasks.png"):
         assert (tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    "name", [one for one in ("continual_digits", "python_three") if (RESULTS / f"{one}.json").is_file()]
+)
+def test_the_documents_show_the_figures_of_the_json_files(name):
+    shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8")
+    assert tables(read_document(RESULTS / f"{name}.json")) in shown
