@@ -110,7 +110,7 @@ class ILora(Method):
             loss = partial(self._replay_loss, on, self._values(on))
         return [
             Term(name="task", batch=batch, weight=1 - self._share),
-            Term(name="replay", batch=replayed, weight=self._share, loss=loss),
+            Term(name="replay", batch=replayed, weight=self._share, loss=loss, all_seen=True),
         ]
 
     def after_backward(self, on: Trainee, stage: Stage) -> None:

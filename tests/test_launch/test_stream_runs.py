@@ -41,6 +41,13 @@ def test_a_task_has_its_own_rate_and_joint_training_keeps_the_warm_start_apart(t
     assert [(task, lr) for _, task, _, lr in steps_of(folder)] == [("one", 0.5)] * 4 + [("joint", 0.25)] * 8
 
 
+def test_a_stream_without_a_warm_start_is_measured_against_where_it_began(tmp_path):
+    folder = tmp_path / "run"
+    assert train.main(words(folder, tasks=[TASKS[0].replace(", full_rank: true", ""), TASKS[1]])) == exits.DONE
+    spectra = [json.loads(line) for line in (folder / "spectra.jsonl").read_text().splitlines()]
+    assert [max(one["numerical_rank"] for one in spectra if one["restart"] == merges) for merges in (1, 2)] == [4, 8]
+
+
 def test_a_model_per_task_keeps_its_score(tmp_path):
     assert train.main(words(tmp_path / "run", method="per_task")) == exits.DONE
     rows = rows_of(tmp_path / "run")
