@@ -48,16 +48,19 @@ def scores_of(model: nn.Module, tasks: Sequence[Stage], after: Stage | None, mea
     """
     scores: dict[str, Score] = {}
     for task in tasks:
+        request = task.kind is TaskKind.forget
         seen = tasks[0].seen if after is None else after.seen
-        known = after is not None and set(task.data.classes) <= set(seen)
+        known = after is not None and set(task.seen if request else task.data.classes) <= set(seen)
         if measuring.classes and not known and measuring.scenario is not Scenario.domain:
             continue
-        among = task.data.classes if measuring.scenario is Scenario.task else seen
+        among: Sequence[int] | None = seen
+        if measuring.scenario is Scenario.task:
+            among = None if request else task.data.classes
+        own = among if request else task.data.classes
         gone = () if after is None else after.forgotten
         for label, held_out in task.data.held_out.items():
-            request = task.kind is TaskKind.forget
             without = () if request and label != "retained" else gone
-            score = measured(model, held_out, among, task.data.classes, measuring, without=without)
+            score = measured(model, held_out, among, own, measuring, without=without)
             if score.samples:
                 if task.metric is not AnswerMetric.loss:
                     score.metric = task.metric.value
@@ -126,15 +129,15 @@ def _of_answers(model: nn.Module, held_out: HeldOut, metric: AnswerMetric, measu
 def measured(
     model: nn.Module,
     held_out: HeldOut,
-    among: Sequence[int],
-    own: Sequence[int],
+    among: Sequence[int] | None,
+    own: Sequence[int] | None,
     measuring: Measuring,
     *,
     without: Sequence[int] = (),
 ) -> Score:
     """Loss and perplexity per target; of a classifier the accuracy among some classes, and among a task's own.
 
-    Samples of the classes in `without` do not count.
+    Without classes given, those compete that each sample names. Samples of the classes in `without` do not count.
     """
     device, classes = measuring.device, measuring.classes
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, targets, samples, right, right in the task
@@ -142,11 +145,11 @@ def measured(
     model.eval()
     batches = validation_batches(held_out, sequences=measuring.sequences, size=measuring.size)
     for mine, counts in turns(batches, measuring.axis, 1):
-        batch = (mine.among(among, classes).without(without) if classes else mine).to(device)
+        batch = (_among(mine, among, classes).without(without) if classes else mine).to(device)
         output = called(model, batch)
         of_batch = [float(row_losses(model, output, batch).double().sum()), batch.targets]
         if classes:
-            right = [_right(output.logits, one) for one in (batch, batch.among(own, classes))]
+            right = [_right(output.logits, one) for one in (batch, _among(batch, own, classes))]
             of_batch += [batch.targets, *right]
         else:
             of_batch.append(len(batch))
@@ -163,6 +166,10 @@ def measured(
             accuracy_in_task=right_in_task / max(samples, 1.0),
         )
     return Score(loss=loss, samples=int(samples), perplexity=math.exp(min(loss, 700.0)))
+
+
+def _among(batch: Batch, among: Sequence[int] | None, classes: int) -> Batch:
+    return batch if among is None else batch.among(among, classes)
 
 
 def _right(logits: Tensor, batch: Batch) -> int:

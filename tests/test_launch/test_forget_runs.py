@@ -109,6 +109,23 @@ def test_a_request_that_is_appended_later_is_audited_against_the_model_it_finds(
     assert same_end(folder, undisturbed)
 
 
+def test_where_tasks_are_known_what_is_retained_competes_within_the_task_that_taught_it(tmp_path):
+    def teach(name, first, second, more=""):
+        return (
+            f"{{name: {name}, kind: classification, data: digits, classes: ['{first}', '{second}'], steps: 40{more}}}"
+        )
+
+    tasks = [teach("a", 0, 1, ", full_rank: true"), teach("b", 2, 3), TASKS[2].replace("steps: 8", "steps: 4")]
+    more = ["continual.scenario=task", "optimizer.lr=5e-3", "lora.dense=[head]"]
+    assert train.main(words(tmp_path / "run", *more, tasks=tasks)) == exits.DONE
+    summary = summary_of(tmp_path / "run")
+    (event,) = (one for one in read_history(tmp_path / "run").events if one["event"] == "stage" and one["index"] == 1)
+    right = {name: round(score["samples"] * score["accuracy"]) for name, score in event["scores"].items()}
+    assert right["a"] > 50
+    assert right["one/retained"] == right["a"] + right["b"] - right["one/forgotten"]
+    assert summary["matrix"][0][summary["tasks"].index("one/retained")] is None
+
+
 SHORT = [TASKS[0].replace("steps: 120, lr: 1.0e-2", "steps: 4"), *TASKS[1:]]
 """On other layouts sums are rounded otherwise, and long training at a high rate makes much of that."""
 
