@@ -116,7 +116,8 @@ class Run:
 
 def measure_update(run: Run) -> None:
     """Decompose W - W_start as it is now, delta included, where spectra are wanted."""
-    state, pending = run.state, run.config.lte is None and run.state.step == run.course.total_steps
+    state, config = run.state, run.config
+    pending = config.lte is None and not config.folds and state.step == run.course.total_steps
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
         run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)

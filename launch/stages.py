@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from continual.method import Stage, TaskKind
-from continual.methods.registry import METHODS
 from launch.fold_check import FoldCheck
 from launch.heads import drawn_for
 from launch.run import Run, measure_update
@@ -62,7 +61,7 @@ def end_stage(run: Run, stage: Stage) -> None:
     clock = Stopwatch()
     run.method.end_stage(run.trainee, stage)
     report = run.method.report()
-    if METHODS[config.method].folds and run.conversion is not None:
+    if run.config.folds and run.conversion is not None:
         check = FoldCheck(run, stage)
         fold(run)
         report = {**report, "fold_difference": check.difference(run)}
