@@ -346,13 +346,13 @@ def load_stored(run_dir: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return to_typed(tree)
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of `conf/` and the overrides, before types are checked."""
+def composed(overrides: Sequence[str], root: str = "train") -> DictConfig:
+    """What Hydra makes of conf/<root>.yaml and the overrides, before types are checked."""
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose(config_name="train", overrides=list(overrides))
+            return compose(config_name=root, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explained(error, overrides)) from error
+        raise ConfigError(_explained(error, overrides, root)) from error
 
 
 def to_typed(tree: DictConfig) -> TrainConfig:
@@ -371,6 +371,12 @@ def to_typed(tree: DictConfig) -> TrainConfig:
     except (AttributeError, TypeError) as error:
         raise ConfigError(f"configuration: {error}") from error
     assert isinstance(config, TrainConfig)
+    try:
+        resolved(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key} must not hold '${{', since config.yaml could not be read back: choose another value"
+        ) from error
     check(config)
     return config
 
@@ -389,16 +395,18 @@ def keys_of(tree: Any, prefix: str = "") -> list[str]:
     return [name for key, value in tree.items() for name in keys_of(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _explained(error: Exception, overrides: Sequence[str]) -> str:
+def _explained(error: Exception, overrides: Sequence[str], root: str) -> str:
     """Hydra's error in one line, with the nearest existing key or option."""
     text = " ".join(str(error).split())
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"merging override (\S+?)=", text)
     if match:
         key = match.group(1)
         section = key.split(".")[0]
+        if section == "launcher" and root == "train":
+            return f"{key} belongs to `accrete submit`, which starts runs: leave it out, or use that"
         if f"{section}=none" in overrides:
             return f"{key} has no effect: {section}=none turns it off. Drop one of the two"
-        known = keys_of(OmegaConf.to_container(composed(_options_of(overrides))))
+        known = keys_of(OmegaConf.to_container(composed(_options_of(overrides), root)))
         near = difflib.get_close_matches(key, known, n=1)
         hint = (
             f"did you mean {near[0]}?"
@@ -407,7 +415,7 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         )
         if key in known:
             return f"{key}: {text}"
-        if having := _options_with(section, key):
+        if having := _options_with(section, key, root):
             return f"{key} has no effect as it is: choose one of {', '.join(f'{section}={name}' for name in having)}"
         return f"unknown key {key}: {hint}"
     match = re.search(r"Could not find '([^/']+)/([^']+)'", text)
@@ -424,10 +432,10 @@ def _options_of(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
 
 
-def _options_with(group: str, key: str) -> list[str]:
+def _options_with(group: str, key: str, root: str) -> list[str]:
     """The options of a group that have a key."""
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return [name for name in names if key in keys_of(OmegaConf.to_container(composed([f"{group}={name}"])))]
+    return [name for name in names if key in keys_of(OmegaConf.to_container(composed([f"{group}={name}"], root)))]
 
 
 def _typed_message(error: OmegaConfBaseException, tree: DictConfig) -> str:

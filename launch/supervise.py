@@ -55,8 +55,8 @@ class SlurmJob:
         SLURM ends this process soon after, and takes the list of machines only once the job waits.
         """
         shown = _asked(["scontrol", "--oneliner", "show", "job", self.number]).stdout
-        if "JobState=CANCELLED" in shown:
-            _say("the job was cancelled")
+        if "JobState=RUNNING" not in shown:  # of a cancelled one, too, SLURM would take a request to run it again
+            _say("SLURM is ending the job")
             return False
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         done = _asked(["scontrol", "requeue", self.number])

@@ -69,7 +69,8 @@ def watched(
 ) -> AbstractContextManager[object]:
     """Watch over a run: an exception inside ends all processes, as the failure of any other process does.
 
-    `explain` puts an exception into words; `tell` hears of the report, with the host that it is about. A single process is not watched: its exceptions pass.
+    `explain` puts an exception into words; `tell` hears of the report, with the host that it is about. A single
+    process is not watched: its exceptions pass.
     Collectives: a broadcast and a gather at the start.
 
     Raises:
@@ -87,6 +88,13 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
     )
+
+
+def _briefly(call: Callable[[], None]) -> None:
+    """Call what may never return: the main thread may hold the lock of stdout, a disk may be gone."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(1.0)
 
 
 class Watchdog:
@@ -238,7 +246,7 @@ class Watchdog:
     def _end(self, process: int, failure: Failure, *, speak: bool = True) -> NoReturn:
         if speak:
             os.write(2, self._report(process, failure).encode())
-            self._tell(self._hosts[process], failure)
+            _briefly(lambda: self._tell(self._hosts[process], failure))
         if self._rank == 0:
             for line in self._lines.values():
                 line.send(end=failure.code)
@@ -254,9 +262,7 @@ class Watchdog:
                     break
 
     def _leave(self, code: int) -> NoReturn:
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold its lock
-        flush.start()
-        flush.join(1.0)
+        _briefly(sys.stdout.flush)
         os._exit(code)
 
     def _report(self, process: int, failure: Failure) -> str:

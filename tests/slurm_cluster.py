@@ -9,6 +9,7 @@ import contextlib
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,8 +116,15 @@ class Cluster:
 
     def power_on(self, node: int) -> None:
         """Start a node again, and wait until jobs may come."""
+        before = self._started(node)
         self._order({"start": node})
-        self._wait_for_nodes(1, f"n{node}")
+        limit = time.monotonic() + 40
+        while self._started(node) == before or "IDLE" not in self.ask("scontrol", "show", "node", f"n{node}"):
+            assert time.monotonic() < limit, f"node {node} does not come back"
+            time.sleep(0.2)
+
+    def _started(self, node: int) -> str:
+        return re.findall(r"SlurmdStartTime=\S+", self.ask("scontrol", "show", "node", f"n{node}"))[0]
 
     def close(self) -> None:
         """End everything."""
@@ -143,11 +151,10 @@ class Cluster:
             raise Unavailable(f"the cluster is gone, or its namespaces are not permitted here: {log[-400:]}")
         return json.loads(answer)
 
-    def _wait_for_nodes(self, count: int, *names: str) -> None:
+    def _wait_for_nodes(self, count: int) -> None:
         limit = time.monotonic() + 40
-        which = ["--nodes", ",".join(names)] if names else []
         while True:
-            found = self.run("sinfo", "--noheader", "--Node", "-p", "low", "--states", "idle", "-o", "%N", *which)
+            found = self.run("sinfo", "--noheader", "--Node", "-p", "low", "--states", "idle", "-o", "%N")
             if len(found.stdout.split()) == count:
                 return
             if time.monotonic() > limit:

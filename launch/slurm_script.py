@@ -1,0 +1,118 @@
+"""The SLURM job script of a run: a pure function from settings to text that a reader can follow and sbatch can take.
+
+What users name freely (paths, run names, values) stands in single quotes of the shell; what stands in #SBATCH lines,
+which SLURM reads by rules of its own, is restricted by launch/launcher.py.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.launcher import SlurmConfig, Start
+from launch.network import network_settings
+
+_PORTS = "15000 + SLURM_JOB_ID % 15000"
+"""Below Linux's ephemeral ports (32768), which other programs are given at random."""
+
+
+def job_script(
+    config: SlurmConfig, words: Sequence[str], *, name: str, run_dir: Path, here: Path, python: str, interpreter: str
+) -> str:
+    """The script; it must be submitted from the folder that its log belongs into.
+
+    Args:
+        words: overrides of `accrete train`, run.dir among them.
+        here: where training runs, so that relative paths mean what they meant to the user.
+        python: the interpreter of the training processes.
+        interpreter: a Python for the supervisor, which needs no packages.
+    """
+    parts = [
+        "#!/bin/bash",
+        *_header(config, name),
+        "",
+        f"cd -- {shlex.quote(str(here))} || exit",
+        *_environment(config),
+        "",
+        "words=(",
+        *(f"  {shlex.quote(word)}" for word in words),
+        ")",
+        *_meeting(config),
+        f"exec {shlex.quote(interpreter)} -m launch.supervise --run-dir {shlex.quote(str(run_dir))} \\",
+        f"  --attempts {config.attempts}{' --requeue' if config.requeue else ''} -- \\",
+        *_command(config, shlex.quote(python)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _header(config: SlurmConfig, name: str) -> list[str]:
+    nodes = f"{config.least_nodes}-{config.nodes}" if config.least_nodes is not None else str(config.nodes)
+    tasks = 1 if config.start is Start.torchrun else config.node_processes
+    options: list[tuple[str, str | int | None]] = [
+        ("job-name", re.sub(r"[^A-Za-z0-9_.-]", "_", name)),
+        ("nodes", nodes),
+        ("ntasks-per-node", tasks),
+        ("cpus-per-task", config.cpus_per_node and max(1, config.cpus_per_node // tasks)),
+        ("gpus-per-node", config.gpus_per_node),
+        ("mem", config.memory),
+        ("partition", config.partition),
+        ("account", config.account),
+        ("qos", config.qos),
+        ("time", config.time),
+        ("constraint", config.constraint),
+        ("exclude", config.exclude),
+        ("signal", f"B:USR1@{config.signal_seconds}"),
+        ("output", "slurm-%j.log"),
+        ("open-mode", "append"),
+    ]
+    lines = [f"#SBATCH --{option}={value}" for option, value in options if value is not None]
+    lines.append("#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue")
+    return lines + [f"#SBATCH {option}" for option in config.sbatch]
+
+
+def _environment(config: SlurmConfig) -> list[str]:
+    lines = [f"module load {shlex.quote(module)}" for module in config.modules]
+    lines += config.setup
+    if config.cpus_per_node is not None:
+        lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from the job')
+        threads = max(1, config.cpus_per_node // config.node_processes)
+        lines.append(f"export OMP_NUM_THREADS={threads}  # the cores of a process")
+    network = network_settings(
+        interface=config.interface,
+        infiniband=config.infiniband,
+        gpus=config.gpus_per_node is not None,
+        torchrun=config.start is Start.torchrun,
+        grace_seconds=config.signal_seconds,
+    )
+    lines += [f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in network]
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in (config.environment or {}).items()]
+
+
+def _meeting(config: SlurmConfig) -> list[str]:
+    if config.start is not Start.torchrun:
+        return []
+    return ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', f"port=$(({_PORTS}))"]
+
+
+def _command(config: SlurmConfig, python: str) -> list[str]:
+    srun = ['srun --nodes="$SLURM_JOB_NUM_NODES"', "--kill-on-bad-exit=1"]
+    if config.start is Start.torchrun:
+        srun.append('--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1')
+    else:
+        tasks = config.node_processes
+        srun.append(f'--ntasks="$((SLURM_JOB_NUM_NODES * {tasks}))" --ntasks-per-node={tasks}')
+    if config.start is Start.pmix:
+        srun.append("--mpi=pmix")
+    if config.container_image is not None:
+        srun.append(f"--container-image={shlex.quote(config.container_image)}")
+        if config.container_mounts:
+            srun.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
+    if config.start is not Start.torchrun:
+        return ["  " + " ".join(srun) + " \\", f'  {python} -m launch.train "${{words[@]}}"']
+    return [
+        "  " + " ".join(srun) + " \\",
+        f'  {python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" \\',
+        f'  --nproc-per-node={config.node_processes} --max-restarts=0 \\',
+        '  --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \\',
+        '  -m launch.train "${words[@]}"',
+    ]

@@ -1,0 +1,178 @@
+"""Whole runs as jobs of a real SLURM: started in each way, stopped, robbed of a node, and the same in the end."""
+
+import importlib.util
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import exits
+from launch.attempts import Attempts
+from launch.records import read_records
+from launch.submit import in_words
+
+ROOT = Path(__file__).parent.parent.parent
+TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
+LONGER = ["training.steps=120", "relora.every=30", "evaluation.every=60", "checkpoint.every=40"]
+HOSTILE = "it's $(touch broken) `touch broken` \"quoted\"; touch broken & $HOME #"
+SECONDS = 150
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    spec = importlib.util.spec_from_file_location("slurm_cluster", ROOT / "tests/slurm_cluster.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        made = module.Cluster(3)
+    except module.Unavailable as reason:
+        pytest.skip(str(reason))
+    yield made
+    made.close()
+
+
+class Job:
+    """A run that was submitted."""
+
+    def __init__(self, cluster, folder, words, *launcher):
+        self.cluster, self.run = cluster, folder / "run"
+        own = ["launcher=slurm", "launcher.nodes=2", "launcher.signal_seconds=60", *launcher]
+        own += [f"launcher.environment={{PYTHONPATH: {ROOT}, OMP_NUM_THREADS: '1', DS_ACCELERATOR: cpu}}"]
+        own += ["parallel.silence_seconds=5", "parallel.timeout_seconds=60", "evaluation.spectra=none"]
+        words = [*words, f"run.dir={in_words(str(self.run))}"]
+        command = [sys.executable, "-m", "launch.submit", *own, *words]
+        self.submitted = cluster.run(*command, cwd=folder, PYTHONPATH=str(ROOT))
+        found = re.search(r"^job (\d+):", self.submitted.stdout)
+        self.number = found[1] if found else None
+
+    @property
+    def attempts(self):
+        return Attempts(self.run).read()
+
+    @property
+    def log(self):
+        return (self.run / f"job/slurm-{self.number}.log").read_text(errors="replace")
+
+    def state(self):
+        return self.cluster.ask("squeue", "-h", "-t", "all", "-j", self.number, "-o", "%T")
+
+    def wait_for_step(self, step):
+        limit = time.monotonic() + SECONDS
+        path = self.run / "metrics.jsonl"
+        while not path.exists() or path.read_bytes().count(b'"loss"') < step:
+            assert time.monotonic() < limit, self.tell()
+            assert self.state() in ("PENDING", "CONFIGURING", "RUNNING"), self.tell()
+            time.sleep(0.2)
+
+    def wait(self):
+        """Until the job is done; what SLURM puts off for two minutes is done at once."""
+        limit = time.monotonic() + SECONDS
+        while (state := self.state()) != "COMPLETED":
+            assert time.monotonic() < limit, self.tell()
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), self.tell()
+            if state == "PENDING":
+                self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            time.sleep(0.5)
+
+    def tell(self):
+        """All that is known of the job."""
+        logs = [f"== {path}\n{path.read_text(errors='replace')}" for path in self.run.glob("job/**/*.log")]
+        shown = self.cluster.run("scontrol", "show", "job", str(self.number)).stdout
+        return "\n".join([self.submitted.stdout, self.submitted.stderr, shown, str(self.attempts), *logs])
+
+    def records(self):
+        kept = [r for r in read_records(self.run / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
+        return [{key: value for key, value in record.items() if key not in TIMED} for record in kept]
+
+
+@pytest.fixture
+def words(tiny):
+    return [word for word in tiny if not word.startswith("run.dir=")] + LONGER
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The records of the first run, for those that are disturbed."""
+    return []
+
+
+def test_two_nodes_finish_a_run_whose_folder_has_a_hostile_name(cluster, words, tmp_path, undisturbed):
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    job = Job(cluster, folder, [*words, f"run.name={in_words(HOSTILE)}"])
+    job.wait()
+    undisturbed += job.records()
+    assert "status: done" in job.log
+    assert "2 data x 1 tensor" in job.log
+    assert [(one.nodes, one.code) for one in job.attempts] == [("n[1-2]", exits.DONE)]
+    assert (job.run / "job/attempt_001/rank_00001.n2.log").is_file()
+    assert not list(tmp_path.rglob("broken"))
+    assert not (cluster.folder / "broken").exists()
+
+
+def test_a_run_that_is_told_to_stop_waits_in_the_queue_again_and_ends_as_if_undisturbed(
+    cluster, words, tmp_path, undisturbed
+):
+    job = Job(cluster, tmp_path, [*words, "tracker=wandb", "tracker.mode=offline"], "launcher.start=srun")
+    job.wait_for_step(10)
+    cluster.ask("scancel", "--signal=USR1", "--batch", job.number)  # as SLURM does before the time limit
+    job.wait()
+    first, second = job.attempts
+    assert (first.code, first.reason) == (exits.PREEMPTED, "stopped by SIGUSR1")
+    assert 10 <= first.reached == second.step < 120
+    assert second.code == exits.DONE
+    assert job.records() == undisturbed
+    names = [path.name.rpartition("-")[2] for path in job.run.glob("wandb/offline-run-*")]
+    assert len(names) == 2
+    assert len(set(names)) == 1, "one run in W&B"
+
+
+def test_a_node_that_is_lost_is_left_out_and_the_run_ends_as_if_undisturbed(cluster, words, tmp_path, undisturbed):
+    job = Job(cluster, tmp_path, words)
+    job.wait_for_step(45)
+    cluster.power_off(2)
+    job.wait()
+    cluster.power_on(2)
+    first, second = job.attempts
+    assert first.host == "n2", job.tell()
+    assert (second.nodes, second.code) == ("n[1,3]", exits.DONE)
+    assert second.step >= 40
+    assert job.records() == undisturbed
+    assert "ExcNodeList=n2" in cluster.ask("scontrol", "show", "job", job.number)
+
+
+def test_pmix_starts_mpi_for_heads_that_sync_through_it(cluster, words, tmp_path):
+    heads = ["lte=heads", "lte.heads=2", "lte.sync_every=4", "lte.transport=mpi", "training.steps=8"]
+    words = [word for word in words if not word.startswith(("relora", "schedule.restart"))]
+    job = Job(cluster, tmp_path, [*words, *heads], "launcher.start=pmix")
+    assert job.number is not None, job.tell()
+    job.wait()
+    assert [record["syncs"] for record in job.records() if "syncs" in record] or "status: done" in job.log
+
+
+def test_what_slurm_would_never_start_is_refused_with_its_words(cluster, words, tmp_path):
+    job = Job(cluster, tmp_path, words, "launcher.nodes=4")
+    assert job.submitted.returncode == exits.REFUSED
+    assert "SLURM refuses the job" in job.submitted.stderr
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
+    script = tmp_path / "job.sh"
+    supervised = f"{sys.executable} -m launch.supervise --run-dir {tmp_path} --requeue -- srun sleep 100"
+    script.write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {supervised}\n")
+    number = cluster.ask("sbatch", "--parsable", str(script))
+    limit = time.monotonic() + 30
+    while not (tmp_path / "job/attempt_001").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    cluster.ask("scancel", number)
+    while Attempts(tmp_path).read()[0].ended is None:
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    time.sleep(1)
+    assert cluster.ask("squeue", "-h", "-t", "all", "-j", number, "-o", "%T") == "CANCELLED"
+    assert len(Attempts(tmp_path).read()) == 1
