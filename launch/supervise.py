@@ -19,7 +19,7 @@ from launch.attempts import DONE, FAILED, PREEMPTED, Attempts, Next, decide, in_
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.2
-_LINGER_SECONDS = 60.0
+_LINGER_SECONDS = 30.0
 """How long a launcher may go on after the run has said why it ends: srun waits for a machine that is gone."""
 _KILL_SECONDS = 20.0
 _ANSWER_SECONDS = 30.0

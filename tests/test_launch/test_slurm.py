@@ -15,7 +15,7 @@ from launch.submit import in_words
 
 ROOT = Path(__file__).parent.parent.parent
 TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
-LONGER = ["training.steps=120", "relora.every=30", "evaluation.every=60", "checkpoint.every=40"]
+LONGER = ["training.steps=64", "relora.every=20", "evaluation.every=30", "checkpoint.every=20"]
 HOSTILE = "it's $(touch broken) `touch broken` \"quoted\"; touch broken & $HOME #"
 SECONDS = 150
 
@@ -123,7 +123,7 @@ def test_a_run_that_is_told_to_stop_waits_in_the_queue_again_and_ends_as_if_undi
     job.wait()
     first, second = job.attempts
     assert (first.code, first.reason) == (exits.PREEMPTED, "stopped by SIGUSR1")
-    assert 10 <= first.reached == second.step < 120
+    assert 10 <= first.reached == second.step < 64
     assert second.code == exits.DONE
     assert job.records() == undisturbed
     names = [path.name.rpartition("-")[2] for path in job.run.glob("wandb/offline-run-*")]
@@ -133,16 +133,15 @@ def test_a_run_that_is_told_to_stop_waits_in_the_queue_again_and_ends_as_if_undi
 
 def test_a_node_that_is_lost_is_left_out_and_the_run_ends_as_if_undisturbed(cluster, words, tmp_path, undisturbed):
     job = Job(cluster, tmp_path, words)
-    job.wait_for_step(45)
+    job.wait_for_step(25)
     cluster.power_off(2)
     job.wait()
     cluster.power_on(2)
     first, second = job.attempts
     assert first.host == "n2", job.tell()
     assert (second.nodes, second.code) == ("n[1,3]", exits.DONE)
-    assert second.step >= 40
+    assert second.step >= 20
     assert job.records() == undisturbed
-    assert "ExcNodeList=n2" in cluster.ask("scontrol", "show", "job", job.number)
 
 
 def test_pmix_starts_mpi_for_heads_that_sync_through_it(cluster, words, tmp_path):
@@ -160,15 +159,38 @@ def test_what_slurm_would_never_start_is_refused_with_its_words(cluster, words, 
     assert "SLURM refuses the job" in job.submitted.stderr
 
 
-def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
-    script = tmp_path / "job.sh"
-    supervised = f"{sys.executable} -m launch.supervise --run-dir {tmp_path} --requeue -- srun sleep 100"
-    script.write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {supervised}\n")
-    number = cluster.ask("sbatch", "--parsable", str(script))
-    limit = time.monotonic() + 30
-    while not (tmp_path / "job/attempt_001").exists():
+def supervised(cluster, folder, command, *options):
+    """A job that supervises no training but a command; its number, once it has begun."""
+    script = folder / "job.sh"
+    line = f"{sys.executable} -m launch.supervise --run-dir {folder} --requeue -- {command}"
+    script.write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {line}\n")
+    number = cluster.ask("sbatch", "--parsable", *options, str(script))
+    limit = time.monotonic() + 60
+    while not (folder / "job/attempt_001").exists():
         assert time.monotonic() < limit
         time.sleep(0.1)
+    return number
+
+
+BLAME = """if [ -e again ]; then exit 0; fi; touch again; sleep 3
+echo '{"code": 1, "reason": "silent", "host": "n2"}' > "$ACCRETE_ATTEMPT/outcome.json"; exit 1"""
+
+
+def test_a_node_that_takes_no_work_is_left_out_before_slurm_knows_of_it(cluster, tmp_path):
+    (tmp_path / "blame.sh").write_text(BLAME)
+    number = supervised(cluster, tmp_path, "bash blame.sh", "--nodes=2", f"--chdir={tmp_path}", "--nodelist=n1,n2")
+    cluster.power_off(2)
+    limit = time.monotonic() + SECONDS
+    while "ExcNodeList=n2" not in cluster.ask("scontrol", "show", "job", number):
+        assert time.monotonic() < limit, cluster.ask("scontrol", "show", "job", number)
+        time.sleep(0.2)
+    cluster.ask("scancel", number)
+    cluster.power_on(2)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
+    number = supervised(cluster, tmp_path, "srun sleep 100", f"--output={tmp_path}/log")
+    limit = time.monotonic() + 30
     cluster.ask("scancel", number)
     while Attempts(tmp_path).read()[0].ended is None:
         assert time.monotonic() < limit
