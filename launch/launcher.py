@@ -148,9 +148,13 @@ class SlurmConfig(LocalConfig):
         for option in self.sbatch:
             name = option.removeprefix("--").partition("=")[0]
             if not option.startswith("--") or not _PLAIN.fullmatch(option):
-                raise ConfigError(f"launcher.sbatch: {option!r} must be --name or --name=value, without spaces or quotes")
+                raise ConfigError(
+                    f"launcher.sbatch: {option!r} must be --name or --name=value, without spaces or quotes"
+                )
             if name in _OWN or name.replace("-", "_") in {"nodes", "time", "partition", "account", "qos", "constraint"}:
-                raise ConfigError(f"launcher.sbatch: --{name} is set by `accrete submit` itself: see the launcher's keys")
+                raise ConfigError(
+                    f"launcher.sbatch: --{name} is set by `accrete submit` itself: see the launcher's keys"
+                )
 
     @property
     def node_processes(self) -> int:

@@ -95,24 +95,23 @@ def _meeting(config: SlurmConfig) -> list[str]:
 
 
 def _command(config: SlurmConfig, python: str) -> list[str]:
-    srun = ['srun --nodes="$SLURM_JOB_NUM_NODES"', "--kill-on-bad-exit=1"]
-    if config.start is Start.torchrun:
-        srun.append('--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1')
-    else:
-        tasks = config.node_processes
-        srun.append(f'--ntasks="$((SLURM_JOB_NUM_NODES * {tasks}))" --ntasks-per-node={tasks}')
-    if config.start is Start.pmix:
-        srun.append("--mpi=pmix")
-    if config.container_image is not None:
-        srun.append(f"--container-image={shlex.quote(config.container_image)}")
-        if config.container_mounts:
-            srun.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
-    if config.start is not Start.torchrun:
-        return ["  " + " ".join(srun) + " \\", f'  {python} -m launch.train "${{words[@]}}"']
-    return [
-        "  " + " ".join(srun) + " \\",
-        f'  {python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" \\',
-        f'  --nproc-per-node={config.node_processes} --max-restarts=0 \\',
-        '  --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" \\',
-        '  -m launch.train "${words[@]}"',
+    tasks = 1 if config.start is Start.torchrun else config.node_processes
+    count = "SLURM_JOB_NUM_NODES" if tasks == 1 else f"((SLURM_JOB_NUM_NODES * {tasks}))"
+    lines = [
+        f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="${count}" --ntasks-per-node={tasks}',
+        "--kill-on-bad-exit=1" + (" --mpi=pmix" if config.start is Start.pmix else ""),
     ]
+    if config.container_image is not None:
+        lines.append(f"--container-image={shlex.quote(config.container_image)}")
+    if config.container_mounts:
+        lines.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
+    if config.start is Start.torchrun:
+        lines += [
+            f'{python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES"',
+            f"--nproc-per-node={config.node_processes} --max-restarts=0",
+            '--rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID"',
+            '-m launch.train "${words[@]}"',
+        ]
+    else:
+        lines.append(f'{python} -m launch.train "${{words[@]}}"')
+    return [*(f"  {line} \\" for line in lines[:-1]), f"  {lines[-1]}"]

@@ -17,7 +17,16 @@ from pathlib import Path
 from launch import exits
 from launch.attempt import VARIABLE
 from launch.config import TrainConfig, check_mesh, load
-from launch.launcher import LAUNCHERS, LocalConfig, MpiConfig, SlurmConfig, Start, TorchrunConfig, load_launcher, of_launcher
+from launch.launcher import (
+    LAUNCHERS,
+    LocalConfig,
+    MpiConfig,
+    SlurmConfig,
+    Start,
+    TorchrunConfig,
+    load_launcher,
+    of_launcher,
+)
 from launch.network import RESTARTABLE
 from launch.run_folder import default_folder
 from launch.slurm_script import job_script
@@ -106,7 +115,9 @@ def prepare(words: Sequence[str]) -> Job:
         own.append(f"run.dir={in_words(str(run_dir))}")
     job = Job(launcher=launcher, words=own, name=config.run.name, run_dir=here / run_dir, here=here)
     if isinstance(launcher, SlurmConfig) and set(str(job.folder)) & set("%\\"):
-        raise ConfigError(f"run.dir={job.run_dir} has % or \\, which mean something to SLURM in a log's name: rename it")
+        raise ConfigError(
+            f"run.dir={job.run_dir} has % or \\, which mean something to SLURM in a log's name: rename it"
+        )
     return job
 
 
@@ -118,7 +129,9 @@ def in_words(text: str) -> str:
     for mark in ("'", "${"):
         parts = quoted.split(mark)
         slashes = [len(part) - len(part.rstrip("\\")) for part in parts[:-1]]
-        quoted = "".join(part + "\\" * (count + 1) + mark for part, count in zip(parts, slashes, strict=False)) + parts[-1]
+        quoted = (
+            "".join(part + "\\" * (count + 1) + mark for part, count in zip(parts, slashes, strict=False)) + parts[-1]
+        )
     return f"'{quoted}'"
 
 

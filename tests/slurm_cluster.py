@@ -83,7 +83,17 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds a Unix socket
         _lay_out(self.folder, count, patience)
         ordinary = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
-        command = ["unshare", *ordinary, *_APART, "--", sys.executable, __file__, "cluster", str(self.folder), str(count)]
+        command = [
+            "unshare",
+            *ordinary,
+            *_APART,
+            "--",
+            sys.executable,
+            __file__,
+            "cluster",
+            str(self.folder),
+            str(count),
+        ]
         self._log = (self.folder / "log/cluster").open("w")
         self._process = subprocess.Popen(
             [*command, str(os.getuid()), str(os.getgid())],
@@ -180,7 +190,7 @@ def _lay_out(folder: Path, count: int, patience: int) -> None:
     (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *hosts]) + "\n")
     # Names come from the hosts file only: a name server that cannot be reached costs seconds for each look-up.
     (folder / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
-    version = subprocess.run(["slurmd", "-V"], text=True, capture_output=True, env={"PATH": PATH}).stdout
+    version = subprocess.run(["slurmd", "-V"], check=True, text=True, capture_output=True, env={"PATH": PATH}).stdout
     if int("".join(c if c.isdigit() else " " for c in version).split()[0]) >= 23:
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")  # it starts even with proctrack/linuxproc
 
@@ -231,7 +241,7 @@ class Holder:
         """A command's code, output and errors."""
         try:
             done = subprocess.run(
-                [*self.user, *command], cwd=cwd, env={**os.environ, **environment}, timeout=seconds,
+                [*self.user, *command], check=False, cwd=cwd, env={**os.environ, **environment}, timeout=seconds,
                 text=True, errors="replace", capture_output=True, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

@@ -16,7 +16,7 @@ from launch.submit import in_words
 ROOT = Path(__file__).parent.parent.parent
 TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
 LONGER = ["training.steps=64", "relora.every=20", "evaluation.every=30", "checkpoint.every=20"]
-HOSTILE = "it's $(touch broken) `touch broken` \"quoted\"; touch broken & $HOME #"
+HOSTILE = 'it\'s $(touch broken) `touch broken` "quoted"; touch broken & $HOME #'
 SECONDS = 150
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(400)]
