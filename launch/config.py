@@ -348,6 +348,9 @@ def load_stored(run_dir: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def composed(overrides: Sequence[str], root: str = "train") -> DictConfig:
     """What Hydra makes of conf/<root>.yaml and the overrides, before types are checked."""
+    for word in overrides if root == "train" else ():
+        if re.match(r"[+~]*launcher[.=]", word):
+            raise ConfigError(f"{word} belongs to `accrete submit`, which starts runs: leave it out, or use that")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return compose(config_name=root, overrides=list(overrides))
@@ -402,8 +405,6 @@ def _explained(error: Exception, overrides: Sequence[str], root: str) -> str:
     if match:
         key = match.group(1)
         section = key.split(".")[0]
-        if section == "launcher" and root == "train":
-            return f"{key} belongs to `accrete submit`, which starts runs: leave it out, or use that"
         if f"{section}=none" in overrides:
             return f"{key} has no effect: {section}=none turns it off. Drop one of the two"
         known = keys_of(OmegaConf.to_container(composed(_options_of(overrides), root)))

@@ -41,8 +41,8 @@ _DRY = "--dry-run"
 _HELP = f"""\
 usage: accrete submit [launcher=local|torchrun|mpi|slurm] [launcher.key=value ...] [words of train ...] [{_DRY}]
 
-Starts a training run and goes on with it until it is done: again after a failure, from the last checkpoint, and given up
-after launcher.attempts attempts that brought it no further. With launcher=slurm that is a job, which goes on in another
+Starts a training run and goes on with it until it is done: again after a failure, from the last checkpoint, and given
+up after launcher.attempts attempts that brought it no further. With launcher=slurm that is a job, which goes on in another
 allocation at its time limit, after a pre-emption and without a node that was lost. {_DRY} prints what would be started.
 
   accrete submit launcher=torchrun launcher.processes=8 parallel=zero2 run.dir=runs/mine

@@ -151,7 +151,9 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _asked(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> "subprocess.CompletedProcess[str]":
     """What a command of SLURM answers; silence is a failure."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+        )
     except (subprocess.TimeoutExpired, OSError) as error:
         return subprocess.CompletedProcess(command, FAILED, "", str(error))
 

@@ -255,7 +255,8 @@ def run_twofold(tiny, folder, *launcher, kill):
     own = [*launcher, "launcher.processes=2", "launcher.environment={OMP_NUM_THREADS: '1'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1"}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    command = [sys.executable, "-m", "launch.submit", *own, *tiny, "training.steps=40", f"run.dir={folder}"]
+    bare = ["run.save_start=false", "run.save_final=false"]
+    command = [sys.executable, "-m", "launch.submit", *own, *tiny, "training.steps=40", *bare, f"run.dir={folder}"]
     with (folder.parent / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         limit = time.monotonic() + 120
@@ -270,6 +271,7 @@ def run_twofold(tiny, folder, *launcher, kill):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_process_costs_a_torchrun_restart_or_an_attempt_and_changes_nothing(tiny, tmp_path):
     whole, one = run_twofold(tiny, tmp_path / "whole", "launcher=torchrun", kill=False)
     restarted, still_one = run_twofold(
