@@ -78,9 +78,11 @@ class Attempts:
 
     def begin(self, *, nodes: str, job: str) -> tuple[Attempt, Path]:
         """The next attempt, and its folder."""
-        number = len(self.read()) + 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folders = [path.name.removeprefix("attempt_") for path in self.folder.glob("attempt_*")]
+        number = 1 + max([int(name) for name in folders if name.isdigit()], default=0)
         folder = self.folder / f"attempt_{number:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()  # anew, since an outcome of another attempt must not be taken for this one's
         one = Attempt(number=number, began=time.time(), step=newest_step(self.run_dir), nodes=nodes, job=job)
         self._write(one)
         return one, folder

@@ -42,8 +42,8 @@ _HELP = f"""\
 usage: accrete submit [launcher=local|torchrun|mpi|slurm] [launcher.key=value ...] [words of train ...] [{_DRY}]
 
 Starts a training run and goes on with it until it is done: again after a failure, from the last checkpoint, and given
-up after launcher.attempts attempts that brought it no further. With launcher=slurm that is a job, which goes on in another
-allocation at its time limit, after a pre-emption and without a node that was lost. {_DRY} prints what would be started.
+up after launcher.attempts attempts that brought it no further. With launcher=slurm that is a job, which goes on in
+another allocation at its time limit, after a pre-emption, and without a node that was lost. {_DRY} only prints.
 
   accrete submit launcher=torchrun launcher.processes=8 parallel=zero2 run.dir=runs/mine
   accrete submit launcher=slurm launcher.nodes=4 launcher.gpus_per_node=8 launcher.time=12:00:00 \\
