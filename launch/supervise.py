@@ -22,6 +22,7 @@ _LOOK_SECONDS = 0.2
 _LINGER_SECONDS = 30.0
 """How long a launcher may go on after the run has said why it ends: srun waits for a machine that is gone."""
 _KILL_SECONDS = 20.0
+_REQUEUE_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
 """How long SLURM's commands may take."""
 
@@ -52,13 +53,12 @@ class SlurmJob:
     def requeue(self, exclude: Sequence[str]) -> bool:
         """Put the job back into the queue, to run without some machines; False if it was cancelled or SLURM refuses.
 
-        SLURM ends this process soon after, and takes the list of machines only once the job waits.
+        SLURM asks this process to end soon after, and takes the list of machines only once the job waits.
         """
         shown = _asked(["scontrol", "--oneliner", "show", "job", self.number]).stdout
         if "JobState=RUNNING" not in shown:  # of a cancelled one, too, SLURM would take a request to run it again
             _say("SLURM is ending the job")
             return False
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         done = _asked(["scontrol", "requeue", self.number])
         if done.returncode:
             _say(f"SLURM does not requeue the job: {done.stderr.strip()}")
@@ -103,22 +103,29 @@ class Supervisor:
             _say(f"attempt {attempt.number} ended: {decision.reason}")
             if decision.next is Next.again:
                 continue
+            self._asked.clear()
             if decision.next is Next.elsewhere and self._job is not None and self._job.requeue(decision.exclude):
-                _say(f"job {self._job.number} goes on when SLURM starts it again")
-                return DONE  # a code of failure may make sites drop the job
+                self._await_end()
+                return DONE
             return decision.code
+
+    def _await_end(self) -> None:
+        """Wait until SLURM ends this script for the requeue: an end of its own could count as the job's."""
+        limit = time.monotonic() + _REQUEUE_SECONDS
+        while "SIGTERM" not in self._asked and time.monotonic() < limit:
+            time.sleep(_LOOK_SECONDS)
 
     def _run(self, folder: Path) -> Outcome:
         """One attempt to its end."""
         environment = {**os.environ, VARIABLE: str(folder)}
         # In a session of its own, so that Ctrl-C comes here alone.
         process = subprocess.Popen(self._command, env=environment, start_new_session=True)
-        noted, impatient = None, 1
+        noted = None
         while process.poll() is None:
             time.sleep(_LOOK_SECONDS)
             if self._asked:
                 ask_to_stop(folder)
-            if len(self._asked) > impatient and self._asked[-1] == "SIGINT":
+            if self._asked.count("SIGINT") > 1:
                 _end(process)
             if noted is None and outcome_in(folder) is not None:
                 noted = time.monotonic()

@@ -131,6 +131,17 @@ def test_a_run_that_is_told_to_stop_waits_in_the_queue_again_and_ends_as_if_undi
     assert len(set(names)) == 1, "one run in W&B"
 
 
+def test_a_run_that_gives_way_to_an_urgent_job_comes_back_after_it(cluster, words, tmp_path, undisturbed):
+    job = Job(cluster, tmp_path, words)
+    job.wait_for_step(10)
+    cluster.ask("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    job.wait()
+    first, second = job.attempts
+    assert first.code == exits.PREEMPTED
+    assert first.reached == second.step >= 10
+    assert job.records() == undisturbed
+
+
 def test_a_node_that_is_lost_is_left_out_and_the_run_ends_as_if_undisturbed(cluster, words, tmp_path, undisturbed):
     job = Job(cluster, tmp_path, words)
     job.wait_for_step(25)
@@ -153,6 +164,15 @@ def test_pmix_starts_mpi_for_heads_that_sync_through_it(cluster, words, tmp_path
     job.wait()
     assert "2 heads x 1 data x 1 tensor" in job.log
     assert sum(record.get("event") == "sync" for record in job.records()) == 2
+
+
+def test_the_plain_script_trains(cluster, tiny, tmp_path):
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path}/log", f"--chdir={tmp_path}", "--wait"]
+    options += [f"--export=PATH={Path(sys.executable).parent}:/usr/bin:/bin,PYTHONPATH={ROOT}"]
+    script = str(ROOT / "launch/slurm/train.sbatch")
+    done = cluster.run("sbatch", *options, script, *tiny, "evaluation.spectra=none", seconds=SECONDS)
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    assert "status: done" in (tmp_path / "log").read_text()
 
 
 def test_what_slurm_would_never_start_is_refused_with_its_words(cluster, words, tmp_path):
