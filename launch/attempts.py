@@ -22,10 +22,10 @@ class Attempt:
     """Seconds since 1970."""
     step: int
     """Of the newest checkpoint when it began."""
+    job: str
+    """SLURM's number, or a name for this start on this machine: attempts are counted anew for each."""
     nodes: str = ""
     """Where it ran, as SLURM writes it."""
-    job: str = ""
-    """SLURM's number."""
     ended: float | None = None
     """None: it runs, or ended without a word."""
     reached: int = 0
@@ -63,6 +63,10 @@ class Attempts:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.folder = run_dir, run_dir / "job"
         self._path = self.folder / "attempts.jsonl"
+
+    def of_job(self, job: str) -> list[Attempt]:
+        """The attempts of one job."""
+        return [attempt for attempt in self.read() if attempt.job == job]
 
     def read(self) -> list[Attempt]:
         """All attempts, in order; a line that was cut off is left out."""

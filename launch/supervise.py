@@ -6,6 +6,7 @@ that SLURM's signals come here. Needs the standard library only: outside of a co
 
 import argparse
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -74,6 +75,7 @@ class Supervisor:
 
     def __init__(self, run_dir: Path, command: Sequence[str], *, limit: int, job: SlurmJob | None) -> None:
         self._attempts, self._command, self._limit, self._job = Attempts(run_dir), list(command), limit, job
+        self._name = os.environ.get("SLURM_JOB_ID") or f"local-{secrets.token_hex(4)}"
         self._asked: list[str] = []
 
     def work(self) -> int:
@@ -88,17 +90,17 @@ class Supervisor:
     def _work(self) -> int:
         while True:
             step = newest_step(self._attempts.run_dir)
-            vain = in_vain(self._attempts.read(), step)
+            vain = in_vain(self._attempts.of_job(self._name), step)
             if vain >= self._limit:  # they may all have ended without a word
                 _say(f"given up: {vain} attempts in a row brought the run no further than step {step}")
                 return FAILED
-            nodes, number = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("NODELIST", "ID"))
-            attempt, folder = self._attempts.begin(nodes=nodes, job=number)
+            nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+            attempt, folder = self._attempts.begin(nodes=nodes, job=self._name)
             _say(f"attempt {attempt.number} from step {step}{f' on {nodes}' if nodes else ''}; other ranks: {folder}")
             outcome = self._run(folder)
             self._attempts.finish(attempt, outcome)
             alive = None if self._job is None else self._job.alive
-            history = self._attempts.read()
+            history = self._attempts.of_job(self._name)
             decision = decide(history, outcome, limit=self._limit, asked=bool(self._asked), alive=alive)
             _say(f"attempt {attempt.number} ended: {decision.reason}")
             if decision.next is Next.again:

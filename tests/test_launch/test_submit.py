@@ -147,7 +147,7 @@ def test_without_slurm_a_job_is_refused(capsys, monkeypatch, tmp_path):
 
 
 def ended(step, reached, host=None):
-    return Attempt(number=1, began=0.0, step=step, ended=1.0, reached=reached, code=1, host=host)
+    return Attempt(number=1, job="7", began=0.0, step=step, ended=1.0, reached=reached, code=1, host=host)
 
 
 @pytest.mark.parametrize(("history", "outcome", "asked", "follows"), [
@@ -181,13 +181,11 @@ def attempt_that(tmp_path, script, limit=3):
     return Supervisor(tmp_path, ["bash", "-c", script], limit=limit, job=None)
 
 
-def test_a_run_that_makes_no_progress_is_given_up_and_stays_so(tmp_path, capfd):
+def test_a_run_that_makes_no_progress_is_given_up(tmp_path, capfd):
     assert attempt_that(tmp_path, "exit 9").work() == exits.FAILED
     assert len(Attempts(tmp_path).read()) == 3
     assert "3 attempts in a row brought the run no further than step 0" in capfd.readouterr().out
-    assert attempt_that(tmp_path, "exit 0").work() == exits.FAILED, "not even tried"
-    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
-    assert attempt_that(tmp_path, "exit 0").work() == exits.DONE
+    assert attempt_that(tmp_path, "exit 0").work() == exits.DONE, "started by the user again, it counts anew"
 
 
 def test_attempts_go_on_while_there_is_progress(tmp_path):
@@ -196,12 +194,15 @@ def test_attempts_go_on_while_there_is_progress(tmp_path):
     assert [(one.step, one.reached) for one in Attempts(tmp_path).read()] == [(n, n + 1) for n in range(7)]
 
 
-def test_an_attempt_that_ended_without_a_word_counts(tmp_path):
+def test_an_attempt_that_ended_without_a_word_counts_until_there_is_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     for _ in range(3):
-        Attempts(tmp_path).begin(nodes="", job="")
+        Attempts(tmp_path).begin(nodes="", job="7")
     with (tmp_path / "job/attempts.jsonl").open("a") as file:
         file.write('{"number": 4, "beg')
-    assert attempt_that(tmp_path, "exit 0").work() == exits.FAILED
+    assert attempt_that(tmp_path, "exit 0").work() == exits.FAILED, "not even tried"
+    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
+    assert attempt_that(tmp_path, "exit 0").work() == exits.DONE
 
 
 def test_a_signal_becomes_a_file_that_the_run_sees(tmp_path):
