@@ -158,7 +158,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _asked(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> "subprocess.CompletedProcess[str]":
-    """What a command of SLURM answers; silence is a failure."""
+    """What a command of SLURM answers; silence is a failure.
+
+    It is deaf to SIGTERM, which comes to all processes of a job while this very command puts it into the queue.
+    """
+    command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command]
     try:
         return subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL

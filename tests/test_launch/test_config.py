@@ -132,7 +132,8 @@ def test_full_rank_training_turns_restarts_off():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["report", "--help"], ["prepare", "--help"],
-                                   ["evaluate", "--help"], ["export", "--help"], ["submit", "--help"]])  # fmt: skip
+                                   ["evaluate", "--help"], ["export", "--help"], ["submit", "--help"],
+                                   ["status", "--help"]])  # fmt: skip
 def test_every_verb_explains_itself(words, capsys):
     assert cli.main(words) == exits.DONE
     assert "usage:" in capsys.readouterr().out
