@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from launch import exits, train
+from parallel.checkpoint import open_checkpoint
 
 TASKS = [
     "{name: one, kind: classification, data: digits, classes: ['0', '1'], steps: 4, full_rank: true}",
@@ -162,22 +163,50 @@ def _train(_, overrides):
     return train.main(overrides)
 
 
-@pytest.mark.parametrize(
-    ("method", "size", "layout"),
-    [
-        ("inflora", 2, ["parallel=zero2"]),
-        ("replay", 2, ["parallel=zero3"]),
-        ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
-    ],
-)
+def protected(folder):
+    """By distinct input, the projection on what InfLoRA protects at the end of the run."""
+    (last,) = (folder / "checkpoints").glob("step_00000012")
+    checkpoint = open_checkpoint(last)
+    names = [name for name in checkpoint.names("method") if name.startswith("whole/basis.")]
+    return {name: (basis := checkpoint.whole("method", name)) @ basis.T for name in names}
+
+
+def assert_same_numbers(folder, other, method):
+    ours, theirs = steps_of(folder), steps_of(other)
+    assert [one[:2] for one in ours] == [one[:2] for one in theirs]
+    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-5)
+    assert rows_of(folder) == rows_of(other)
+    if method == "inflora":
+        bases, expected = protected(folder), protected(other)
+        assert bases.keys() == expected.keys() != set()
+        for name, projection in bases.items():
+            torch.testing.assert_close(projection, expected[name], atol=1e-5, rtol=0)
+
+
+LAYOUTS = [
+    ("inflora", 2, ["parallel=zero2"]),
+    ("replay", 2, ["parallel=zero3"]),
+    ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
+]
+
+
+@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS)
 def test_several_processes_give_the_matrix_and_the_losses_of_one(
     on_processes, undisturbed, tmp_path, method, size, layout
 ):
     folder = tmp_path / "run"
     assert on_processes(_train, size, words(folder, *layout, method=method)) == [exits.DONE] * size
-    ours, theirs = steps_of(folder), steps_of(undisturbed(method))
-    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-4)
-    assert rows_of(folder) == rows_of(undisturbed(method))
+    assert_same_numbers(folder, undisturbed(method), method)
+
+
+@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS[1:])
+def test_a_run_stopped_in_the_second_task_goes_on_elsewhere(on_processes, undisturbed, tmp_path, method, size, layout):
+    folder = tmp_path / "run"
+    assert train.main(words(folder, "training.stop_after=6", method=method)) == exits.PREEMPTED
+    there = words(folder, *layout, "training.stop_after=10", method=method)
+    assert on_processes(_train, size, there) == [exits.PREEMPTED] * size
+    assert train.main(words(folder, method=method)) == exits.DONE
+    assert_same_numbers(folder, undisturbed(method), method)
 
 
 @pytest.mark.parametrize("method", ["replay", "inflora"])
