@@ -107,6 +107,8 @@ class SlurmConfig(LocalConfig):
     """Features that nodes must have."""
     exclude: str | None = None
     """Nodes to leave out."""
+    concurrent: int | None = None
+    """Runs of a sweep that may run at once; null: all."""
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch, each as --name=value."""
     container_image: str | None = None
@@ -128,7 +130,15 @@ class SlurmConfig(LocalConfig):
 
     def __post_init__(self) -> None:
         LocalConfig.__post_init__(self)
-        for key in ("nodes", "least_nodes", "processes_per_node", "gpus_per_node", "cpus_per_node", "signal_seconds"):
+        for key in (
+            "nodes",
+            "least_nodes",
+            "processes_per_node",
+            "gpus_per_node",
+            "cpus_per_node",
+            "signal_seconds",
+            "concurrent",
+        ):
             _at_least(key, getattr(self, key), 1)
         if self.least_nodes is not None and self.least_nodes >= self.nodes:
             raise ConfigError(

@@ -17,35 +17,51 @@ _PORTS = "15000 + SLURM_JOB_ID % 15000"
 
 
 def job_script(
-    config: SlurmConfig, words: Sequence[str], *, name: str, run_dir: Path, here: Path, python: str, interpreter: str
+    config: SlurmConfig,
+    runs: Sequence[tuple[list[str], Path]],
+    *,
+    array: bool,
+    name: str,
+    here: Path,
+    python: str,
+    interpreter: str,
 ) -> str:
     """The script; it must be submitted from the folder that its log belongs into.
 
     Args:
-        words: overrides of `accrete train`, run.dir among them.
+        runs: overrides of `accrete train`, run.dir among them, and the run folder; one, or with `array` any number.
         here: where training runs, so that relative paths mean what they meant to the user.
         python: the interpreter of the training processes.
         interpreter: a Python for the supervisor, which needs no packages.
     """
     parts = [
         "#!/bin/bash",
-        *_header(config, name),
+        *_header(config, name, f"0-{len(runs) - 1}" if array else None),
         "",
         f"cd -- {shlex.quote(str(here))} || exit",
         *_environment(config),
         "",
-        "words=(",
-        *(f"  {shlex.quote(word)}" for word in words),
-        ")",
+        *(_of_array(runs) if array else _run(*runs[0])),
         *_meeting(config),
-        f"exec {shlex.quote(interpreter)} -m launch.supervise --run-dir {shlex.quote(str(run_dir))} \\",
+        f'exec {shlex.quote(interpreter)} -m launch.supervise --run-dir "$run" \\',
         f"  --attempts {config.attempts}{' --requeue' if config.requeue else ''} -- \\",
         *_command(config, shlex.quote(python)),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _header(config: SlurmConfig, name: str) -> list[str]:
+def _run(words: Sequence[str], run_dir: Path) -> list[str]:
+    return [f"run={shlex.quote(str(run_dir))}", "words=(", *(f"  {shlex.quote(word)}" for word in words), ")"]
+
+
+def _of_array(runs: Sequence[tuple[list[str], Path]]) -> list[str]:
+    lines = ['case "$SLURM_ARRAY_TASK_ID" in']
+    for number, (words, run_dir) in enumerate(runs):
+        lines += [f"  {number})", *(f"    {line}" for line in _run(words, run_dir)), "    ;;"]
+    return [*lines, "esac"]
+
+
+def _header(config: SlurmConfig, name: str, array: str | None) -> list[str]:
     nodes = f"{config.least_nodes}-{config.nodes}" if config.least_nodes is not None else str(config.nodes)
     tasks = 1 if config.start is Start.torchrun else config.node_processes
     options: list[tuple[str, str | int | None]] = [
@@ -61,8 +77,9 @@ def _header(config: SlurmConfig, name: str) -> list[str]:
         ("time", config.time),
         ("constraint", config.constraint),
         ("exclude", config.exclude),
+        ("array", array and (f"{array}%{config.concurrent}" if config.concurrent is not None else array)),
         ("signal", f"B:USR1@{config.signal_seconds}"),
-        ("output", "slurm-%j.log"),
+        ("output", "slurm-%j.log" if array is None else "slurm-%A_%a.log"),
         ("open-mode", "append"),
     ]
     lines = [f"#SBATCH --{option}={value}" for option, value in options if value is not None]

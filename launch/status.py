@@ -16,6 +16,7 @@ from launch.attempts import Attempt, Attempts, newest_step
 from launch.config import load_stored
 from launch.readings import duration, perplexity
 from launch.records import Record, read_records
+from launch.sweep import is_sweep, show_sweep
 from relora.errors import ConfigError
 
 _RECENT = 20
@@ -35,6 +36,9 @@ def _command(runs: Sequence[Path]) -> int:
     for number, run in enumerate(runs):
         if number:
             print()
+        if is_sweep(run):
+            show_sweep(run)
+            continue
         rows = status(run)
         width = max(len(name) for name, _ in rows)
         print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))

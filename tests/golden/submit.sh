@@ -28,6 +28,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else torchrun's restarts over sev
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120  # torchrun, told to stop, ends processes after so many seconds: enough for a checkpoint
 export WORDS='one $two'
 
+run=/home/me/runs/mine
 words=(
   training.global_batch_size=480
   run.dir=runs/mine
@@ -35,7 +36,7 @@ words=(
 )
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((15000 + SLURM_JOB_ID % 15000))
-exec /env/bin/python -m launch.supervise --run-dir /home/me/runs/mine \
+exec /env/bin/python -m launch.supervise --run-dir "$run" \
   --attempts 3 --requeue -- \
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
   --kill-on-bad-exit=1 \

@@ -10,8 +10,8 @@ import pytest
 
 from launch import exits
 from launch.attempts import Attempts
+from launch.job import in_words
 from launch.records import read_records
-from launch.submit import in_words
 
 ROOT = Path(__file__).parent.parent.parent
 TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import exits, submit
+from launch import exits, status, submit, train
 from launch.attempt import VARIABLE, Outcome, StopFile, keep_own_log, note, outcome_in
 from launch.attempts import Attempt, Attempts, Next, decide, newest_step
 from launch.config import CONF, load
+from launch.job import in_words
 from launch.launcher import LAUNCHERS, load_launcher
 from launch.records import read_records
 from launch.supervise import Supervisor
@@ -60,7 +61,7 @@ SLURM = [
 
 
 def test_a_dry_run_prints_the_golden_job_script(capsys, monkeypatch, tmp_path):
-    script = printed([*SLURM, f"run.name={submit.in_words(NAME)}"], capsys, monkeypatch, tmp_path)
+    script = printed([*SLURM, f"run.name={in_words(NAME)}"], capsys, monkeypatch, tmp_path)
     if os.environ.get("ACCRETE_RECORD"):
         GOLDEN.write_text(script, encoding="utf-8")
     assert script == GOLDEN.read_text(encoding="utf-8")
@@ -68,7 +69,7 @@ def test_a_dry_run_prints_the_golden_job_script(capsys, monkeypatch, tmp_path):
 
 
 def test_the_shell_gives_the_processes_the_words_as_they_were(capsys, monkeypatch, tmp_path):
-    words = [f"run.name={submit.in_words(NAME)}", "run.dir=runs/one two", "launcher=slurm", "launcher.start=srun"]
+    words = [f"run.name={in_words(NAME)}", "run.dir=runs/one two", "launcher=slurm", "launcher.start=srun"]
     monkeypatch.chdir(tmp_path)
     assert submit.main([*words, "--dry-run"]) == exits.DONE
     script = capsys.readouterr().out.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
@@ -82,7 +83,7 @@ def test_the_shell_gives_the_processes_the_words_as_they_were(capsys, monkeypatc
 @pytest.mark.parametrize("launcher", ["local", "torchrun", "mpi"])
 def test_a_dry_run_on_this_machine_prints_a_command_that_a_shell_takes(launcher, capsys, monkeypatch, tmp_path):
     many = [] if launcher == "local" else ["launcher.processes=2"]
-    words = [f"launcher={launcher}", *many, "launcher.environment={A: 'b c'}", f"run.name={submit.in_words(NAME)}"]
+    words = [f"launcher={launcher}", *many, "launcher.environment={A: 'b c'}", f"run.name={in_words(NAME)}"]
     line = printed(words, capsys, monkeypatch, tmp_path)
     assert line.startswith("A='b c' ")
     after = line.removeprefix("A='b c' ")
@@ -100,7 +101,7 @@ def test_any_text_can_be_the_value_of_an_override():
     from omegaconf import OmegaConf
 
     for text in [*texts, "\\", "\\'", "'\\", "${x}", "\\${x}", "a\\\\"]:
-        override = OverridesParser.create().parse_override(f"k={submit.in_words(text)}")
+        override = OverridesParser.create().parse_override(f"k={in_words(text)}")
         assert OmegaConf.create({"k": override.value()}).k == text, text
 
 
@@ -112,7 +113,50 @@ def test_every_launcher_composes_and_every_key_has_a_meaning():
         assert set(field_docs(owner)) == set(owner.__dataclass_fields__)
 
 
+SWEEP = ["--multirun", "lora.rank=8,4", "optimizer.lr=choice(0.1,0.01)", "run.dir=runs/a b"]
+
+
+def test_a_sweep_is_every_combination_and_a_job_array_picks_its_words(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [*SWEEP, "launcher=slurm", "launcher.start=srun", "launcher.concurrent=2", "--dry-run"]
+    assert submit.main(words) == exits.DONE
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%2\n" in script
+    assert "#SBATCH --output=slurm-%A_%a.log\n" in script
+    script = script.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
+    picked = []
+    for task in range(4):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1"}
+        told = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        picked.append(told.split("\0")[-4:-1])
+        assert told.split("\0")[1] == str(tmp_path / f"runs/a b/{task:03d}")
+    assert picked == [
+        [f"lora.rank={rank}", f"optimizer.lr={lr}", f"run.dir='runs/a b/{task:03d}'"]
+        for task, (rank, lr) in enumerate([(8, 0.1), (8, 0.01), (4, 0.1), (4, 0.01)])
+    ]
+
+
+def test_a_sweep_here_trains_one_run_after_the_other_and_ends_with_a_table(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Supervisor, "work", lambda supervisor: train.main(supervisor._command[3:]))
+    words = [*tiny, "--multirun", "optimizer.lr=0.01,0.0001", "run.save_start=false"]
+    assert submit.main(words) == exits.DONE
+    capsys.readouterr()
+    assert status.main([str(tmp_path / "run")]) == exits.DONE
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("00")]
+    assert [row[:3] for row in rows] == [["000", "optimizer.lr=0.01", "done"], ["001", "optimizer.lr=0.0001", "done"]]
+    loss = json.loads((tmp_path / "run/000/summary.json").read_text())["val_loss"]
+    assert f"{loss:.6g}" in rows[0], "the best is first"
+    assert submit.main([*words[:-1], "run.save_start=true"]) == exits.REFUSED
+    assert "holds another sweep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "message"), [
+    (["--multirun", "launcher=slurm"], "--multirun needs a list of values"),
+    (["--multirun", "run.dir=a,b"], "run.dir must have one value in a sweep"),
+    (["--multirun", "lora.rank=4,0"], "lora.rank must be at least 1, got 0"),
+    (["launcher=slurm", "launcher.concurrent=2"], "launcher.concurrent has no effect on a single run"),
     (["launcher=slurm", "launcher.nods=2"], "unknown key launcher.nods: did you mean launcher.nodes"),
     (["launcher=pbs"], "launcher=pbs is not an option: choose one of local, mpi, slurm, torchrun"),
     (["launcher=slurm", "launcher.partition='a b'"], "launcher.partition must have no spaces"),
@@ -293,4 +337,4 @@ def test_the_plain_scripts_are_shell():
 
 def test_a_value_that_could_not_be_read_back_is_refused():
     with pytest.raises(ConfigError, match=r"run\.name must not hold"):
-        load([f"run.name={submit.in_words('${x}')}"])
+        load([f"run.name={in_words('${x}')}"])
