@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -36,8 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requeue", action="store_true", help="put the SLURM job back into the queue to go on")
     parser.add_argument("command", nargs="+")
     words = parser.parse_args(argv)
-    job = SlurmJob(os.environ["SLURM_JOB_ID"]) if words.requeue else None
+    job = SlurmJob(job_number(os.environ)) if words.requeue else None
     return Supervisor(words.run_dir, words.command, limit=words.attempts, job=job).work()
+
+
+def job_number(environment: Mapping[str, str]) -> str:
+    """How SLURM's commands call this job; a task of an array by two numbers, since one may mean the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
 
 
 class SlurmJob:

@@ -175,6 +175,38 @@ def test_the_plain_script_trains(cluster, tiny, tmp_path):
     assert "status: done" in (tmp_path / "log").read_text()
 
 
+def test_a_sweep_is_a_job_array_with_a_table_of_results(cluster, tiny, tmp_path):
+    words = [word for word in tiny if not word.startswith("run.dir=")]
+    job = Job(cluster, tmp_path, ["--multirun", "optimizer.lr=0.01,0.001", *words], "launcher.nodes=1")
+    limit = time.monotonic() + SECONDS
+    while set(states := job.state().split()) != {"COMPLETED"} or len(states) < 2:
+        assert time.monotonic() < limit, job.tell()
+        time.sleep(0.5)
+    told = cluster.run(sys.executable, "-m", "launch.status", str(job.run), PYTHONPATH=str(ROOT)).stdout
+    assert re.search(r"000 +optimizer.lr=0.01 +done", told), told
+    assert re.search(r"001 +optimizer.lr=0.001 +done", told), told
+
+
+STOP_ONCE = """cd "$1"; if [ "$SLURM_ARRAY_TASK_ID" = 0 ] || [ -e again ]; then exit 0; fi; touch again
+echo '{"code": 75, "reason": "stopped"}' > "$ACCRETE_ATTEMPT/outcome.json"; exit 1"""
+
+
+def test_of_an_array_only_the_task_that_was_stopped_runs_again(cluster, tmp_path):
+    (tmp_path / "stop.sh").write_text(STOP_ONCE)
+    for task in ("0", "1"):
+        (tmp_path / task).mkdir()
+    run = f"{tmp_path}/$SLURM_ARRAY_TASK_ID"
+    line = f"{sys.executable} -m launch.supervise --run-dir {run} --requeue -- bash {tmp_path}/stop.sh {run}"
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {line}\n")
+    number = cluster.ask("sbatch", "--parsable", "--array=0-1", "--output=/dev/null", str(tmp_path / "job.sh"))
+    limit = time.monotonic() + 100
+    while [one.code for one in Attempts(tmp_path / "1").read()] != [exits.PREEMPTED, exits.DONE]:
+        assert time.monotonic() < limit, cluster.ask("scontrol", "show", "job", number)
+        cluster.run("scontrol", "update", f"JobId={number}_1", "StartTime=now")
+        time.sleep(0.5)
+    assert [one.code for one in Attempts(tmp_path / "0").read()] == [exits.DONE]
+
+
 def test_what_slurm_would_never_start_is_refused_with_its_words(cluster, words, tmp_path):
     job = Job(cluster, tmp_path, words, "launcher.nodes=4")
     assert job.submitted.returncode == exits.REFUSED
