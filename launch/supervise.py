@@ -58,15 +58,16 @@ class SlurmJob:
         step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "true"]
         return _asked(step, _ANSWER_SECONDS / 2).returncode == 0
 
+    def ends(self) -> bool:
+        """Whether SLURM says that the job runs no more; one that was cancelled, too, it would run again if asked to."""
+        shown = _asked(["scontrol", "--oneliner", "show", "job", self.number]).stdout
+        return "JobState=" in shown and "JobState=RUNNING" not in shown
+
     def requeue(self, exclude: Sequence[str]) -> bool:
-        """Put the job back into the queue, to run without some machines; False if it was cancelled or SLURM refuses.
+        """Put the job back into the queue, to run without some machines; False if SLURM refuses.
 
         SLURM asks this process to end soon after, and takes the list of machines only once the job waits.
         """
-        shown = _asked(["scontrol", "--oneliner", "show", "job", self.number]).stdout
-        if "JobState=RUNNING" not in shown:  # of a cancelled one, too, SLURM would take a request to run it again
-            _say("SLURM is ending the job")
-            return False
         done = _asked(["scontrol", "requeue", self.number])
         if done.returncode:
             _say(f"SLURM does not requeue the job: {done.stderr.strip()}")
@@ -110,6 +111,9 @@ class Supervisor:
             history = self._attempts.of_job(self._name)
             decision = decide(history, outcome, limit=self._limit, asked=bool(self._asked), alive=alive)
             _say(f"attempt {attempt.number} ended: {decision.reason}")
+            if decision.next is not Next.end and self._job is not None and self._job.ends():
+                _say("SLURM is ending the job")
+                return decision.code
             if decision.next is Next.again:
                 continue
             self._asked.clear()
