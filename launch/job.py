@@ -70,8 +70,12 @@ class Job:
 
     def variables(self) -> dict[str, str]:
         """What is set for them."""
-        torchrun = isinstance(self.launcher, TorchrunConfig) and self.launcher.max_restarts > 0
-        return {**dict([RESTARTABLE] if torchrun else []), **(self.launcher.environment or {})}
+        return {**dict([RESTARTABLE] if self.restarts else []), **(self.launcher.environment or {})}
+
+    @property
+    def restarts(self) -> bool:
+        """Whether the launcher starts processes anew by itself."""
+        return isinstance(self.launcher, TorchrunConfig) and self.launcher.max_restarts > 0
 
     def shown(self) -> str:
         """The commands as a shell takes them."""

@@ -81,7 +81,10 @@ class SlurmJob:
 class Supervisor:
     """Attempts at one run, one after the other."""
 
-    def __init__(self, run_dir: Path, command: Sequence[str], *, limit: int, job: SlurmJob | None) -> None:
+    def __init__(
+        self, run_dir: Path, command: Sequence[str], *, limit: int, job: SlurmJob | None, restarts: bool = False
+    ) -> None:
+        self._restarts = restarts  # whether the launcher itself starts processes anew after a failure
         self._attempts, self._command, self._limit, self._job = Attempts(run_dir), list(command), limit, job
         self._name = os.environ.get("SLURM_JOB_ID") or f"local-{secrets.token_hex(4)}"
         self._asked: list[str] = []
@@ -140,7 +143,7 @@ class Supervisor:
                 ask_to_stop(folder)
             if self._asked.count("SIGINT") > 1:
                 _end(process)
-            if noted is None and outcome_in(folder) is not None:
+            if noted is None and not self._restarts and outcome_in(folder) is not None:
                 noted = time.monotonic()
             if noted is not None and time.monotonic() - noted > _LINGER_SECONDS:
                 _say("the launcher lingers, and is ended")

@@ -264,6 +264,13 @@ def test_a_launcher_that_lingers_is_ended(tmp_path, monkeypatch):
     assert time.monotonic() - began < 20
 
 
+def test_a_launcher_that_restarts_processes_is_let_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.supervise._LINGER_SECONDS", 0.3)
+    script = 'echo \'{"code": 1}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 1.5; rm "$ACCRETE_ATTEMPT/outcome.json"'
+    supervisor = Supervisor(tmp_path, ["bash", "-c", script], limit=1, job=None, restarts=True)
+    assert supervisor.work() == exits.DONE
+
+
 def test_the_last_outcome_counts_and_other_ranks_have_their_own_logs(tmp_path, monkeypatch):
     note(Outcome(code=1))  # without a supervisor nothing happens
     monkeypatch.setenv(VARIABLE, str(tmp_path))
