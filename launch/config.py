@@ -29,6 +29,7 @@ from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig, check_schedule
@@ -286,6 +287,11 @@ def check(config: TrainConfig) -> None:
                 f"{name}.merge_precision={precision} has no effect with training.dtype=fp32, where merges are exact: "
                 "leave it at split, or set training.dtype=bf16"
             )
+    if config.lora is not None and config.lora.forward is ForwardPath.merged and config.parallel.zero_stage == 3:
+        raise ConfigError(
+            "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
+            "avoid: choose addmm, or a lower stage"
+        )
     if config.lte is not None:
         check_lte(config, config.lte)
     if config.continual is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from relora.errors import ConfigError
 from relora.lte import DenseSync, Exchange, LteConfig, SyncReset
+from relora.paths import ForwardPath
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
@@ -46,6 +47,11 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
     Raises:
         ConfigError: something that is for heads with processes of their own.
     """
+    if config.lora is not None and config.lora.forward is ForwardPath.merged:
+        raise ConfigError(
+            f"lora.forward=merged needs heads with processes of their own, whose weight differs, and here each process "
+            f"holds {hosted} of lte.heads={config.heads}: choose addmm"
+        )
     needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
     for key, value in needed.items():
         section, leaf = key.split(".")

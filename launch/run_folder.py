@@ -46,6 +46,7 @@ _FREE = (
     "training.threads",
     "training.activation_checkpointing",
     "training.compile",
+    "lora.forward",
     "data.cache",
     "data.workers",
 )

@@ -201,5 +201,4 @@ def step_flops(config: TrainConfig, hf_config: PretrainedConfig, step: int, say:
     except ConfigError as error:
         say(f"no FLOPs are reported: {error}")
         return 0
-    microbatch = skeleton.microbatch
-    return (config.job_batch // sequences) * (microbatch.forward_flops + microbatch.backward_flops)
+    return skeleton.microbatch.update_flops(config.job_batch // sequences)

@@ -88,7 +88,7 @@ class ColumnLowRank(Split, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., part of out)."""
         x = copied(x, self.axis)
-        return F.linear(x, self.matrix, self.bias) + self.update(x, copied(self.down, self.axis), self.up)
+        return self.output(x, copied(self.down, self.axis), self.up, self.bias)
 
 
 class RowLinear(Split, nn.Linear):
@@ -115,7 +115,7 @@ class RowLowRank(Split, LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., part of in) -> (..., out)."""
-        part = F.linear(x, self.matrix) + self.update(x, self.down, copied(self.up, self.axis))
+        part = self.output(x, self.down, copied(self.up, self.axis), None)
         return _with_bias(summed(part, self.axis), self.bias)
 
 
