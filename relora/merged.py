@@ -8,7 +8,7 @@ last place, and would round away. Outside of an update a merged layer computes b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def form(layer: LowRankLinear, key: int) -> Tensor:
     down, up = layer.change(layer.down, layer.up)
     left, right = (down.t(), up.t()) if layer.transposed else (up, down)
     weight = layer.weight.detach()
-    with torch.autocast(weight.device.type, enabled=False):
+    with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
         if weight.dtype == torch.bfloat16:
             formed = _rounded(weight, layer.extra_bits, left, right, layer.scaling, key)
         else:

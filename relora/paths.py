@@ -171,6 +171,6 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, scaling: float) ->
 def _autocast(value: Tensor) -> Tensor:
     """Cast as autocast would, which knows no products in place."""
     device = value.device.type
-    if not torch.is_autocast_enabled(device) or value.dtype == torch.float64:
+    if value.is_meta or not torch.is_autocast_enabled(device) or value.dtype == torch.float64:
         return value
     return value.to(torch.get_autocast_dtype(device))
