@@ -107,7 +107,8 @@ def _measured_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-# FlopCounterMode knows no products in place, and the fused attention of GPUs only. Query (B, heads, T, d), key, value (B, group, S, d).
+# FlopCounterMode knows no products in place, and the fused attention of GPUs only.
+# Query (B, heads, T, d), key, value (B, group, S, d).
 # The backward pass forms the scores anew, so it has five products where the forward pass has two.
 
 

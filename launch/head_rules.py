@@ -47,10 +47,11 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
     Raises:
         ConfigError: something that is for heads with processes of their own.
     """
-    if config.lora is not None and config.lora.forward is ForwardPath.merged:
+    if config.lora is not None and config.lora.forward in (ForwardPath.merged, ForwardPath.auto):
         raise ConfigError(
-            f"lora.forward=merged needs heads with processes of their own, whose weight differs, and here each process "
-            f"holds {hosted} of lte.heads={config.heads}: choose addmm"
+            f"lora.forward={config.lora.forward.value} needs heads with processes of their own, since heads that share "
+            f"a base weight cannot merge into it, and here each process holds {hosted} of lte.heads={config.heads}: "
+            "choose addmm"
         )
     needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
     for key, value in needed.items():

@@ -12,6 +12,7 @@ from continual.method import Method, Stage, TaskKind, Term, Trainee
 from launch.config import TrainConfig
 from launch.course import Course
 from launch.guard import Guard
+from launch.paths import told
 from launch.run_folder import RunFolder
 from launch.signals import StopRequest
 from launch.spectra import Spectra
@@ -140,3 +141,5 @@ def show_model(run: Run) -> None:
     lines = [astuple(row) for row in run.conversion.rows()]
     run.watch.console.table("model", ("kind", "modules", "parameters", "trainable", "state"), lines)
     run.watch.say(f"low rank: {trainable:,} parameters train, for a model of {run.conversion.total:,}, {where}")
+    if run.state.paths:
+        run.watch.say(told(run.state.paths))

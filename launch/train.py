@@ -127,7 +127,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         method=make_method(config),
         stage=course.stage(max(0, state.step - 1)),
         hf_config=hf_config,
-        engine=make_engine_of_heads(phase, config, runtime),
+        engine=make_engine_of_heads(phase, config, runtime, state.paths),
         conversion=phase.conversion,
         outputs=phase.outputs,
         targets=phase.targets,
