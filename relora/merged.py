@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
 from relora.initialize import key_of
+from relora.kernels.setting import runs_on
 from relora.linear import LowRankLinear
 from relora.paths import ForwardPath
-from relora.precision import join, stochastic_round
+from relora.precision import MergePrecision, join, stochastic_round
 
 _BLOCK_ENTRIES = 1 << 22  # rounding works on blocks of rows of about this size, so its temporaries stay small
 
@@ -45,11 +46,19 @@ def form(layer: LowRankLinear, key: int) -> Tensor:
     left, right = (down.t(), up.t()) if layer.transposed else (up, down)
     weight = layer.weight.detach()
     with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
-        if weight.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16 and runs_on(weight):
+            formed = _by_kernel(weight, layer.extra_bits, left, right, layer.scaling, key)
+        elif weight.dtype == torch.bfloat16:
             formed = _rounded(weight, layer.extra_bits, left, right, layer.scaling, key)
         else:
             formed = torch.addmm(weight, left, right, alpha=layer.scaling)
     return formed.t() if layer.transposed else formed
+
+
+def _by_kernel(weight: Tensor, bits: Tensor | None, left: Tensor, right: Tensor, scaling: float, key: int) -> Tensor:
+    from relora.kernels.merge import merge
+
+    return merge(weight, bits, left, right, scaling, MergePrecision.stochastic, key=key)[0]
 
 
 def _rounded(weight: Tensor, bits: Tensor | None, left: Tensor, right: Tensor, scaling: float, key: int) -> Tensor:
