@@ -21,7 +21,6 @@ from relora.errors import ConfigError
 from relora.kernels.setting import has_triton
 
 _FACTORS = {"bf16": ("*bf16", False), "fp32": ("*fp32", True)}
-_RANK = 128
 
 
 def builds() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
@@ -41,11 +40,13 @@ def builds() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         words |= _types("a_row a_depth b_depth b_column p_row p_depth q_depth q_column", "i32")
         constants = {"WIDEN": widen, **tile, "BLOCK_RANK": 16}
         found.append((f"two products, {dtype}", products.products_kernel, words, constants))
-        tile = {"BLOCK_ROWS": factor_gradients.ROWS, "BLOCK_COLUMNS": factor_gradients.COLUMNS, "BLOCK_RANK": _RANK}
         words = _types("outer up small inner", pointer) | {"slices": "*fp32", "scaling": "fp32"}
         words |= _types("rows columns rank strip", "i32")
         kernel = factor_gradients.factor_gradients_kernel
-        found.append((f"factor gradients, {dtype}", kernel, words, {"WIDEN": widen, **tile}))
+        for rank in (32, 128):
+            rows, columns = factor_gradients.tile(rank, widen)
+            constants = {"WIDEN": widen, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_RANK": rank}
+            found.append((f"factor gradients, {dtype}, rank {rank}", kernel, words, constants))
         tile = {"BLOCK_ROWS": grouped.ROWS, "BLOCK_COLUMNS": grouped.COLUMNS, "BLOCK_DEPTH": grouped.DEPTH}
         places = _types("order starts block_heads block_starts", "*i64")
         words = _types("a b c", pointer) | places | {"scaling": "fp32"}
@@ -68,6 +69,8 @@ def resources(kernel: Any, words: dict[str, str], constants: dict[str, Any], arc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from relora.kernels.factor_gradients import WARPS
+
     order = [name for name in kernel.arg_names if name not in constants]
     signature = {name: words[name] for name in order} | dict.fromkeys(constants, "constexpr")
     # As the launcher would know it: all pointers come from torch, which aligns them.
@@ -77,7 +80,8 @@ def resources(kernel: Any, words: dict[str, str], constants: dict[str, Any], arc
         if words.get(name, "").startswith("*")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    warps = WARPS if kernel.__name__ == "factor_gradients_kernel" else 4  # Triton's own choice
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     usage = _usage(built.asm["cubin"])
     return {
         "registers": usage["REG"],
@@ -106,7 +110,7 @@ def results(architecture: int) -> Document:
         {"kernel": name, **resources(kernel, words, constants, architecture)}
         for name, kernel, words, constants in builds()
     ]
-    return document("kernels", torch.device("cpu"), settings={"architecture": architecture, "rank": _RANK}, rows=rows)
+    return document("kernels", torch.device("cpu"), settings={"architecture": architecture}, rows=rows)
 
 
 def tables(study: Document) -> str:

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from relora.kernels.setting import widened
 
-ROWS, COLUMNS, STRIPS = 64, 64, 128
+STRIPS, WARPS = 128, 8
 LARGEST_RANK = 128
 """A program holds all of dS's columns."""
+
+
+def tile(rank: int, widen: bool) -> tuple[int, int]:
+    """Return rows and columns of a block: as large as registers hold without spilling on sm_90, in bfloat16."""
+    return (64, 32) if rank <= 64 and not widen else (32, 32)
 
 
 @triton.jit
@@ -69,7 +74,9 @@ def factor_gradients(outer: Tensor, up: Tensor, small: Tensor, scaling: float) -
     outer, up, small = outer.contiguous(), up.contiguous(), small.contiguous()
     (rows, columns), rank = outer.shape, up.shape[1]
     assert rank <= LARGEST_RANK
-    strip = triton.cdiv(triton.cdiv(rows, STRIPS), ROWS) * ROWS
+    widen = widened(outer, up, small)
+    height, width = tile(rank, widen)
+    strip = triton.cdiv(triton.cdiv(rows, STRIPS), height) * height
     count = triton.cdiv(rows, strip)
     inner = torch.empty(rows, rank, dtype=outer.dtype, device=outer.device)
     slices = torch.zeros(count, columns, rank, device=outer.device)
@@ -84,10 +91,11 @@ def factor_gradients(outer: Tensor, up: Tensor, small: Tensor, scaling: float) -
         columns,
         rank,
         strip,
-        WIDEN=widened(outer, up, small),
-        BLOCK_ROWS=ROWS,
-        BLOCK_COLUMNS=COLUMNS,
+        WIDEN=widen,
+        BLOCK_ROWS=height,
+        BLOCK_COLUMNS=width,
         BLOCK_RANK=max(16, triton.next_power_of_2(rank)),
+        num_warps=WARPS,
     )
     return inner, slices.sum(0).mul_(scaling).to(up.dtype)
 
