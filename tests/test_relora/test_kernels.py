@@ -17,7 +17,9 @@ CASES = Path(__file__).parent.parent / "kernel_cases.py"
 
 def run(*words, **more):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", *words], env={**environment, **more}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], env={**environment, **more}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
