@@ -159,6 +159,8 @@ class RunConfig:
     """Ask torch for deterministic GPU kernels; a CPU run is bitwise repeatable without."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
+    profile_steps: int = 0
+    """Steps that torch's profiler watches, from a process's fourth on; profile/ has a trace and a table. 0: none."""
     save_start: bool = True
     """Write start/, the model that low-rank training began from; spectra and `export` of an SVD adapter read it."""
     save_final: bool = True
@@ -167,6 +169,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every must be at least 1, got {self.log_every}")
+        if self.profile_steps < 0:
+            raise ConfigError(f"run.profile_steps must not be negative, got {self.profile_steps}")
         if not self.name or "/" in self.name:
             raise ConfigError(f"run.name must be a plain name without '/', got {self.name!r}: use run.dir for a path")
 
@@ -309,6 +313,11 @@ def _check_length(config: TrainConfig, steps: int) -> None:
     if stop is not None and stop >= steps:
         raise ConfigError(
             f"training.stop_after={stop} has no effect on a run of {steps} steps: leave it out or lower it"
+        )
+    if config.run.profile_steps and config.run.profile_steps + 3 > steps:
+        raise ConfigError(
+            f"run.profile_steps={config.run.profile_steps} begins after three steps and does not fit a run of {steps}: "
+            "lower it, or raise training.steps"
         )
     if steps > 0:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)

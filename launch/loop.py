@@ -116,6 +116,8 @@ def update(run: Run, clock: Stopwatch) -> None:
     )
     for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
         _record(run, head, one, loss, result)
+    if run.stepped is not None:
+        run.stepped()
 
 
 def _accumulated(run: Run, term: Term, learned: bool) -> torch.Tensor:

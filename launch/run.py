@@ -1,6 +1,6 @@
 """One run in memory: everything that the loop works on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 from torch import Tensor, nn
@@ -67,6 +67,8 @@ class Run:
     """The states of the further heads that this process hosts; `state` is the first one's."""
     trainee: Trainee = field(init=False)
     """The model as the method sees it."""
+    stepped: Callable[[], None] | None = None
+    """Told of each finished update; the profiler's."""
     diverged: dict[int, str] = field(default_factory=dict)
     """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 

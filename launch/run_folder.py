@@ -37,6 +37,7 @@ _FREE = (
     "run.name",
     "run.log_every",
     "run.save_",
+    "run.profile_steps",
     "lte.meeting",
     "lte.quorum",
     "lte.wait_seconds",

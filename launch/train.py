@@ -28,6 +28,7 @@ from launch.model import model_class, save_model
 from launch.pace import cycles
 from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.prepare import following, show_data
+from launch.profiling import profiled
 from launch.report import report
 from launch.resuming import check_course
 from launch.run import Run, measure_update, show_model
@@ -193,7 +194,7 @@ def execute(run: Run) -> int:
     if state.step == 0:
         evaluate(run)
     try:
-        with watch.console.progress(run.course.total_steps, state.step) as watch.progress:
+        with watch.console.progress(run.course.total_steps, state.step) as watch.progress, profiled(run):
             complete = train(run)
     except TrainingDiverged:
         run.saver.wait()
