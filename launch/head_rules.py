@@ -53,6 +53,11 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
             f"a base weight cannot merge into it, and here each process holds {hosted} of lte.heads={config.heads}: "
             "choose addmm"
         )
+    if config.continual is not None:
+        raise ConfigError(
+            f"a stream needs heads with processes of their own, and here each process holds {hosted} of "
+            f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or choose lte=none"
+        )
     needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
     for key, value in needed.items():
         section, leaf = key.split(".")

@@ -41,6 +41,8 @@ def begin_stage(run: Run, stage: Stage) -> None:
     if run.config.continual is not None and run.config.continual.method == "per_task" and not stage.full_rank:
         _return_to_start(run)
     _clear_optimizer(run)
+    if run.sync is not None:
+        run.sync.forget_momenta()
     state.forget_spikes()
     run.method.begin_stage(run.trainee, stage)
     state.begun = stage.index + 1

@@ -8,6 +8,7 @@ from continual.config import Competing, ContinualConfig
 from continual.method import TaskKind
 from continual.methods.registry import METHODS
 from relora.errors import ConfigError
+from relora.lte import Exchange, LteConfig, SyncReset
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
@@ -31,7 +32,7 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
             f"data.path={config.data.path} has no effect on a stream, whose tasks name their data: set it to null"
         )
     if config.lte is not None:
-        raise ConfigError("lte trains on one task: choose lte=none for a stream, or continual=none")
+        _check_heads(config.lte, method)
     if entry.low_rank and config.lora is None:
         raise ConfigError(f"continual.method={method} works on low-rank factors: choose lora=lora, or another method")
     if not entry.restarts and config.relora is not None:
@@ -54,6 +55,28 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
             f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
             "on them: choose continual.logits=seen"
         )
+
+
+def _check_heads(lte: LteConfig, method: str) -> None:
+    """What a stream asks of LTE's heads."""
+    entry = METHODS[method]
+    if lte.meeting is not None:
+        raise ConfigError(
+            f"lte.meeting={lte.meeting} has heads come and go at any step, and a stream's tasks end for all heads at "
+            "once: choose lte=heads, or continual=none"
+        )
+    if not entry.heads:
+        able = ", ".join(name for name, one in METHODS.items() if one.heads)
+        raise ConfigError(
+            f"continual.method={method} works on one model's factors, and lte's heads train theirs apart: choose "
+            f"lte=none, or one of {able}"
+        )
+    for key, draws, instead in (("reset", SyncReset.factors, "none"), ("exchange", Exchange.shared, "auto")):
+        if not entry.trains_down and getattr(lte, key) is draws:
+            raise ConfigError(
+                f"lte.{key}={draws.value} draws `down` at random, and continual.method={method} designs it: choose "
+                f"lte.{key}={instead}"
+            )
 
 
 def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course, processes: int) -> None:

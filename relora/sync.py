@@ -466,6 +466,11 @@ class HeadSync:
                 if synced is not None:
                     synced.zero_()
 
+    def forget_momenta(self) -> None:
+        """Start the outer optimizer anew, as at the beginning of a task."""
+        for momentum in self.outer.momenta.values():
+            momentum.zero_()
+
 
 def _by_head(layer: LowRankLinear, factors: Pair) -> list[Pair]:
     """Return the factors of each hosted head."""

@@ -22,6 +22,8 @@ class Entry:
     """Whether it works on factors only, so that lora=none is refused."""
     restarts: bool = True
     """Whether factors may be merged and drawn anew inside a task."""
+    heads: bool = False
+    """Whether LTE's heads may train a task apart, each with factors of its own."""
 
     @property
     def folds(self) -> bool:
@@ -35,10 +37,12 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "sequential": Entry(kind=Method, make=lambda config: Method()),
-    "joint": Entry(kind=Method, make=lambda config: Method()),
+    "sequential": Entry(kind=Method, make=lambda config: Method(), heads=True),
+    "joint": Entry(kind=Method, make=lambda config: Method(), heads=True),
     "per_task": Entry(kind=Method, make=lambda config: Method()),
-    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",)),
-    "inflora": Entry(kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True),
+    "replay": Entry(kind=Replay, make=lambda config: Replay(config.replay), sections=("replay",), heads=True),
+    "inflora": Entry(
+        kind=InfLora, make=lambda config: InfLora(config.inflora), sections=("inflora",), low_rank=True, heads=True
+    ),
 }
 """`joint` trains on all tasks at once, `per_task` on each from the stream's start: what they do is in the stages."""
