@@ -255,8 +255,12 @@ class TrainConfig:
         merging = self.lte or self.relora
         if merging is not None:
             return merging.merge_precision
-        folds = self.continual is not None and METHODS[self.continual.method].folds
-        return MergePrecision.split if folds else MergePrecision.nearest
+        return MergePrecision.split if self.folds else MergePrecision.nearest
+
+    @property
+    def folds(self) -> bool:
+        """Whether base weights take up each task's update at its end, that of the last one too."""
+        return self.continual is not None and METHODS[self.continual.method].folds
 
     @property
     def restarts(self) -> Restarts | None:

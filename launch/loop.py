@@ -165,7 +165,8 @@ def _record(run: Run, head: int, state: RunState, loss: float, result: StepResul
 def evaluate(run: Run) -> float:
     """Validation loss of the model as it is now."""
     clock = Stopwatch()
-    loss = validation_loss(run, run.model)
+    with run.method.measured(run.trainee):
+        loss = validation_loss(run, run.model)
     run.state.val_loss, run.state.val_step = loss, run.state.step
     perplexity = math.exp(min(loss, 700.0))
     run.watch.event("evaluate", run.state.step, val_loss=loss, val_perplexity=perplexity, seconds=round(clock.lap(), 3))

@@ -99,11 +99,11 @@ class Run:
 
     def among(self, term: Term) -> Term:
         """A term of the loss, with word of the classes that compete for its samples."""
-        count, continual, stage = len(self.course.class_names), self.config.continual, self.stage
+        count, continual, stage = len(self.course.class_names), self.config.continual, term.stage or self.stage
         if not count or term.batch.classes is not None:
             return term
         assert continual is not None
-        own = continual.logits is Competing.task and stage.kind is TaskKind.classification
+        own = continual.logits is Competing.task and stage.kind is TaskKind.classification and not term.all_seen
         return replace(term, batch=term.batch.among(stage.data.classes if own else stage.seen, count))
 
     def next_batch(self) -> Batch:
@@ -119,7 +119,8 @@ class Run:
 
 def measure_update(run: Run) -> None:
     """Decompose W - W_start as it is now, delta included, where spectra are wanted."""
-    state, pending = run.state, run.config.lte is None and run.state.step == run.course.total_steps
+    state, config = run.state, run.config
+    pending = config.lte is None and not config.folds and state.step == run.course.total_steps
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
         run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)

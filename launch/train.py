@@ -229,7 +229,8 @@ def finish(run: Run) -> dict[str, Any]:
     state, config = run.state, run.config
     live_loss = state.val_loss if state.val_step == state.step else evaluate(run)
     assert live_loss is not None
-    measure_update(run)
+    if not config.folds:
+        measure_update(run)  # a fold has done so
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)

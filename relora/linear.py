@@ -7,7 +7,8 @@ Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class LowRankLinear(nn.Module):
     """How it computes; never `auto`."""
     formed: Tensor | None = None
     """W + scaling * up @ down while the passes of an update run (relora/merged.py). Shapes: (out, in)."""
+    stand_in: tuple[Tensor, Tensor] | None = None
+    """What takes the place of down and up in the forward pass."""
 
     def __init__(
         self,
@@ -101,7 +104,11 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
-        return self.output(x, self.down, self.up, self.bias)
+        return self.output(x, *self.live(), self.bias)
+
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Return the down and up that the forward pass uses."""
+        return (self.down, self.up) if self.stand_in is None else self.stand_in
 
     @property
     def matrix(self) -> Tensor:
@@ -111,7 +118,7 @@ class LowRankLinear(nn.Module):
     def output(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output by the layer's path, from the values of `down` and `up`."""
         down, up = self.change(down, up)
-        if self.formed is not None:
+        if self.formed is not None and self.stand_in is None:
             return merged(x, self.formed, bias, down, up, self.scaling)
         drops = self.training and self.dropout_probability > 0
         dropped = F.dropout(x, self.dropout_probability) if drops else None
@@ -255,6 +262,18 @@ class LowRankLinear(nn.Module):
         """Return the change by the given factors or the live ones, on the weight's device."""
         down, up = self.change(self.down if down is None else down, self.up if up is None else up)
         return down.to(self.weight.device), up.to(self.weight.device)
+
+
+@contextmanager
+def standing_in(factors: Mapping[LowRankLinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let other factors take the place of these layers' own in forward passes."""
+    for layer, pair in factors.items():
+        layer.stand_in = pair
+    try:
+        yield
+    finally:
+        for layer in factors:
+            layer.stand_in = None
 
 
 def _add_blocks_(

@@ -18,7 +18,9 @@ NEEDED = {
     ("data", "text"): ["data.path=[some.txt]"],
     ("continual", "custom"): ["continual.split={data: digits, increment: 2, steps: 1}"],
     ("continual", "digits_split"): ["relora.warm_start_steps=0"],  # the first task is the warm start
+    ("continual", "digits_forget"): ["relora=none"],
     ("continual", "digits_split_warm"): ["relora.warm_start_steps=0"],
+    ("continual", "python_three_warm"): ["relora.warm_start_steps=0"],
 }
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
 SECTIONS = {

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
 from relora.errors import ConfigError
 from relora.hosted import HostedLinear, host_heads
-from relora.linear import LowRankLinear
+from relora.linear import LowRankLinear, standing_in
 from relora.merged import form, formed_weights
 from relora.paths import ForwardPath, through_weight
 from relora.precision import MergePrecision
@@ -241,6 +241,18 @@ def test_small_steps_of_a_cycle_are_not_lost_in_bfloat16():
     seen = torch.stack([form(layer, key).float() for key in range(400)]).mean(0) - base
     assert float((nearest * delta).sum() / delta.square().sum()) < 0.5
     assert float((seen * delta).sum() / delta.square().sum()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_stand_ins_take_the_place_of_formed_weights_too():
+    layer, x = make("linear", SHAPES[1], ForwardPath.merged), torch.randn(6, 7, dtype=torch.float64)
+    other = (layer.down.detach() + 1, layer.up.detach() - 1)
+    with formed_weights(layer, seed=0, step=0):
+        with standing_in({layer: other}):
+            replaced = layer(x)
+        own = layer(x)
+    weight = layer.weight + SCALING * other[1] @ other[0]
+    torch.testing.assert_close(replaced, F.linear(x, weight, layer.bias), atol=1e-10, rtol=0)
+    torch.testing.assert_close(own, F.linear(x, layer.weight + layer.delta().double(), layer.bias), atol=1e-6, rtol=0)
 
 
 def test_formed_weights_are_within_one_place_repeat_by_step_and_are_gone_afterwards():
