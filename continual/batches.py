@@ -1,7 +1,7 @@
 """Batches: the sequences of training at a position of the run, and those of validation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -35,8 +35,13 @@ class Batch:
     @property
     def targets(self) -> int:
         """Labels that the loss counts."""
-        counted = self.labels if self.labels.ndim == 1 else self.labels[:, 1:]
-        return int((counted != -100).sum())
+        return int(self.row_targets.sum())
+
+    @property
+    def row_targets(self) -> torch.Tensor:
+        """The same of each sample. Shapes: (B,)."""
+        counted = self.labels[:, None] if self.labels.ndim == 1 else self.labels[:, 1:]
+        return (counted != -100).sum(1)
 
     def rows(self, index: torch.Tensor) -> "Batch":
         """Some of the samples, in the order of the index."""
@@ -52,6 +57,11 @@ class Batch:
         mask = torch.zeros(count, dtype=torch.bool, device=self.labels.device)
         mask[list(classes)] = True
         return Batch(inputs=self.inputs, labels=self.labels, classes=mask.expand(len(self), count), even=self.even)
+
+    def without(self, classes: Sequence[int]) -> "Batch":
+        """The batch of a classifier in which samples of some classes are no targets."""
+        gone = torch.isin(self.labels, torch.tensor(list(classes), dtype=self.labels.dtype, device=self.labels.device))
+        return replace(self, labels=self.labels.masked_fill(gone, -100))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""

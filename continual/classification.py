@@ -12,7 +12,7 @@ from continual.batches import HeldOut
 from continual.classes import Scenario
 from continual.data import DataConfig, tokenizer_for
 from continual.encoder import Encoder
-from continual.images import ArrayImages, EncodedImages
+from continual.images import ArrayImages, EncodedImages, ImageForm
 from continual.labelled import (
     LabelledHeldOut,
     LabelledSamples,
@@ -105,13 +105,15 @@ def open_classification(
         encoder = encoder_of(tokenizer, config.tokenizer)
         remarks = _tokenize(plans, encoder, config.sequence_length)
     competing = _competing(known) if scenario is Scenario.task else None
+    image = _image(plans) if modality is Modality.images else None
     return OpenTasks(
         tasks=[_data(plan, known, competing, seed) for plan in plans],
         modality=modality,
         tokenizer=tokenizer,
         vocab_size=None if encoder is None else encoder.vocab_size,
         class_names=list(known.outputs),
-        image=_image(plans) if modality is Modality.images else None,
+        image=image,
+        form=None if image is None else _form(plans, *image),
         rows=[_row(plan, remark) for plan, remark in zip(plans, remarks, strict=True)],
     )
 
@@ -143,6 +145,7 @@ def _planned(task: TaskConfig, sets: dict[str, LabelledSet], known: _Known, scen
     for name in names:
         known.outputs.setdefault(name, len(known.outputs))
     known.taught_by[task.name] = list(names)
+    known.forgotten = [name for name in known.forgotten if name not in names]
     _check_samples(train, names, f"{task.key}.data: {labelled.name}", "to train on")
     _check_samples(test, names, f"{task.key}: {labelled.name}", "to measure on")
     return _Plan(
@@ -294,6 +297,16 @@ def _image(plans: Sequence[_Plan]) -> tuple[int, int]:
             "image_size and channels in the data of the tasks"
         )
     return height, channels
+
+
+def _form(plans: Sequence[_Plan], size: int, channels: int) -> ImageForm | None:
+    """How all images become tensors of this shape, if they do so alike."""
+    contents = [side.part.content for plan in plans for side in plan.sides]
+    scales = {(one.form.mean, one.form.std) for one in contents if isinstance(one, ArrayImages | EncodedImages)}
+    if len(scales) > 1:
+        return None
+    ((mean, std),) = scales
+    return ImageForm(size=size, channels=channels, mean=mean, std=std)
 
 
 def _data(plan: _Plan, known: _Known, competing: torch.Tensor | None, seed: int) -> TaskData:

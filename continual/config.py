@@ -5,7 +5,11 @@ from enum import Enum
 from typing import Any
 
 from continual.classes import Scenario, check_split, split_tasks
+from continual.methods.ewc import EwcConfig
+from continual.methods.gs_lora import GsLoraConfig
+from continual.methods.i_lora import ILoraConfig
 from continual.methods.inflora import InfLoraConfig
+from continual.methods.o_lora import OLoraConfig
 from continual.methods.registry import METHODS
 from continual.methods.replay import ReplayConfig
 from continual.stream import TaskConfig, parse_tasks
@@ -36,9 +40,17 @@ class ContinualConfig:
     logits: Competing = Competing.seen
     """Classes that compete in training: seen, or the task's own."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-    """replay: what is remembered, and how much of it each update sees."""
+    """replay and i_lora: what is remembered, and how much of it each update sees."""
+    ewc: EwcConfig = field(default_factory=EwcConfig)
+    """ewc: how firmly weights are held that earlier tasks depend on."""
     inflora: InfLoraConfig = field(default_factory=InfLoraConfig)
     """inflora: how much of each task is protected."""
+    o_lora: OLoraConfig = field(default_factory=OLoraConfig)
+    """o_lora: how strongly tasks are kept apart."""
+    i_lora: ILoraConfig = field(default_factory=ILoraConfig)
+    """i_lora: how the long-term adapter moves and acts, and which adapter is measured."""
+    gs_lora: GsLoraConfig = field(default_factory=GsLoraConfig)
+    """gs_lora: how hard and how far requests to forget push, and how sparse the change is."""
     save_models: bool = True
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None

@@ -83,6 +83,13 @@ def _check(task: TaskConfig) -> None:
         for name in ("data", "validation", "retain"):
             if (value := getattr(task, name)) is not None:
                 parse_sources(value, f"{task.key}.{name}")
+    if task.kind is TaskKind.forget:
+        retained = parse_sources(task.retain, f"{task.key}.retain")
+        for source in parse_sources(task.data, f"{task.key}.data"):
+            if source in retained:
+                raise ConfigError(
+                    f"{task.key}.retain: {source.path} is to be forgotten too: choose one of data and retain for it"
+                )
 
 
 def _tokenizer(first: TaskConfig, config: DataConfig, progress: Progress | None) -> Any:

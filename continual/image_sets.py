@@ -1,6 +1,5 @@
 """Readers of labelled images: the embedded digits, CIFAR's archive, Parquet files, class folders and lists of files."""
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +12,13 @@ from continual.file_lists import find_lists, read_list
 from continual.images import ArrayImages, EncodedImages
 from continual.labelled import LabelledSet, Modality, Part
 from continual.order import Indices
+from continual.parquet_tables import TEST, class_names, image_columns, read_table, split_tables
 from continual.plain_pickle import load_plain
 from continual.set_spec import SetSpec
 from relora.errors import ConfigError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 TRAIN = ("train",)
-TEST = ("test", "val", "validation")
 
 
 def read_digits(spec: SetSpec, path: Path, key: str) -> LabelledSet:
@@ -37,13 +36,14 @@ def read_cifar(spec: SetSpec, path: Path, key: str) -> LabelledSet:
     Raises: ConfigError
     """
     hundred = (path / "meta").is_file()
-    meta = _unpickled(path / ("meta" if hundred else "batches.meta"), key)
-    names = [str(name) for name in meta["fine_label_names" if hundred else "label_names"]]
+    named = "fine_label_names" if hundred else "label_names"
+    meta = _unpickled(path / ("meta" if hundred else "batches.meta"), key, named)
+    names = [str(name) for name in meta[named]]
     label = "fine_labels" if hundred else "labels"
     trains = [path / "train"] if hundred else sorted(path.glob("data_batch_*"))
 
     def part(files: Sequence[Path]) -> Part:
-        found = [_unpickled(file, key) for file in files]
+        found = [_unpickled(file, key, label, "data") for file in files]
         labels = np.concatenate([np.asarray(one[label], dtype=np.int64) for one in found])
         rows = np.concatenate([np.asarray(one["data"], dtype=np.uint8) for one in found])
         check_labels(labels, len(names), f"{key}: {files[0]}")
@@ -59,11 +59,7 @@ def read_parquet(spec: SetSpec, path: Path, key: str) -> LabelledSet:
 
     Raises: ConfigError
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    tests = [file for file in files if file.name.startswith(TEST)]
-    trains = [file for file in files if file not in tests]
-    if not trains:
-        raise ConfigError(f"{key}: {path} has no Parquet file to train on, such as train-00000-of-00001.parquet")
+    trains, tests = split_tables(path, key)
     train_rows = _parquet_rows(trains, spec, key)
     names = spec.names or train_rows.names
     raw = [str(label) for label in train_rows.labels]
@@ -178,40 +174,37 @@ class _Rows:
 
 
 def _parquet_rows(files: Sequence[Path], spec: SetSpec, key: str) -> _Rows:
-    parquet, arrow = import_module("pyarrow.parquet"), import_module("pyarrow")
     rows = _Rows()
     for file in files:
-        try:
-            table = parquet.read_table(file)
-        except arrow.ArrowInvalid as error:
-            raise ConfigError(f"{key}: {file} is not a Parquet file: {error}") from None
+        table, images = read_table(file, key), image_columns(file, key)
         columns = table.schema.names
-        is_image = [arrow.types.is_struct(one.type) and one.type.get_field_index("bytes") >= 0 for one in table.schema]
         label = spec.label_field or ("fine_label" if "fine_label" in columns else "label")
-        if not any(is_image) or label not in columns:
+        if not images or label not in columns:
             raise ConfigError(
                 f"{key}: {file} needs a column of images with bytes, and one of labels, {label!r}; it has "
                 f"{', '.join(columns)}: set {key}.label_field"
             )
-        images = table.column(columns[is_image.index(True)]).to_pylist()
-        if missing := [number for number, one in enumerate(images) if not one or not one["bytes"]]:
+        encoded = table.column(images[0]).to_pylist()
+        if missing := [number for number, one in enumerate(encoded) if not one or not one["bytes"]]:
             raise ConfigError(f"{key}: row {missing[0]} of {file} has no image")
-        rows.images += [one["bytes"] for one in images]
+        rows.images += [one["bytes"] for one in encoded]
         rows.labels += table.column(label).to_pylist()
-        rows.places += [f"{file.name}, row {number}" for number in range(len(images))]
-        described = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-        rows.names = described.get("info", {}).get("features", {}).get(label, {}).get("names", rows.names)
+        rows.places += [f"{file.name}, row {number}" for number in range(len(encoded))]
+        rows.names = list(class_names(table, label) or rows.names or []) or None
     return rows
 
 
-def _unpickled(path: Path, key: str) -> dict[str, Any]:
+def _unpickled(path: Path, key: str, *wanted: str) -> dict[str, Any]:
     try:
         found = load_plain(path)
     except (UnreadableError, OSError) as error:
         raise ConfigError(f"{key}: {path} is not a file of CIFAR's archive for Python ({error})") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{key}: {path} is not a file of CIFAR's archive for Python: it holds no dictionary")
-    return {name.decode() if isinstance(name, bytes) else str(name): value for name, value in found.items()}
+    entries = {name.decode() if isinstance(name, bytes) else str(name): value for name, value in found.items()}
+    if missing := [name for name in wanted if name not in entries]:
+        raise ConfigError(f"{key}: {path} is not a file of CIFAR's archive for Python: it lacks {missing[0]}")
+    return entries
 
 
 def _names_of(sides: dict[str, tuple[list[Path], Indices]]) -> list[str]:

@@ -51,6 +51,16 @@ class Answers:
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sample."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer, with its end."""
+        return int((self.stops - self.starts).max())
+
     def at(self, index: Indices) -> Batch:
         """Some items."""
         tokens = torch.from_numpy(self.tokens[index].astype(np.int64))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from continual.image_sets import read_cifar, read_digits, read_folders, read_lists, read_parquet
 from continual.labelled import LabelledSet, renamed
+from continual.parquet_tables import image_columns
 from continual.set_spec import SetFormat, SetSpec, check_effect
 from continual.text_sets import read_texts
 from relora.errors import ConfigError
@@ -42,13 +43,15 @@ def _format(name: str, path: Path, key: str) -> SetFormat:
     if name == "digits":
         return SetFormat.digits
     if path.is_file():
-        return SetFormat.parquet if path.suffix == ".parquet" else SetFormat.text
+        return _of_table(path, key) if path.suffix == ".parquet" else SetFormat.text
     if not path.is_dir():
         raise ConfigError(f"{key}: there is no file or folder {path.absolute()}: give one that exists, or digits")
+    hundred = all((path / side).is_file() for side in ("train", "test", "meta"))
+    if hundred or (path / "data_batch_1").is_file():
+        return SetFormat.cifar
+    if (table := next(path.rglob("*.parquet"), None)) is not None:
+        return _of_table(table, key)
     tests = {
-        SetFormat.cifar: all((path / side).is_file() for side in ("train", "test", "meta"))
-        or (path / "data_batch_1").is_file(),
-        SetFormat.parquet: next(path.rglob("*.parquet"), None) is not None,
         SetFormat.lists: any(next(path.glob(f"*_train.{ending}"), None) for ending in LISTS),
         SetFormat.text: any(one.suffix in RECORDS or one.name == "train.json" for one in path.iterdir()),
         SetFormat.folders: any(one.is_dir() and not one.name.startswith(".") for one in path.iterdir()),
@@ -59,3 +62,8 @@ def _format(name: str, path: Path, key: str) -> SetFormat:
     raise ConfigError(
         f"{key}: {path} holds no labelled set of a known format: see docs/streams.md, or set {key}.format"
     )
+
+
+def _of_table(file: Path, key: str) -> SetFormat:
+    """Images or texts, which have readers of their own."""
+    return SetFormat.parquet if image_columns(file, key) else SetFormat.text

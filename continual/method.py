@@ -5,6 +5,7 @@ of a stage, and whatever it must remember between two steps is in its `MethodSta
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Protocol
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from continual.answers import AnswerMetric
 from continual.batches import Batch, HeldOut, Samples
 from continual.order import Indices
 from relora.linear import LowRankLinear
@@ -67,10 +69,14 @@ class Stage:
     data: TaskData
     seen: tuple[int, ...] = ()
     """Outputs of all classes of this task and the ones before it."""
+    forgotten: tuple[int, ...] = ()
+    """Those among them that this task or one before it asks to forget."""
     full_rank: bool = False
     """Whether all weights train: a warm start."""
     lr: float | None = None
     """Its peak learning rate; None: the run's."""
+    metric: AnswerMetric = AnswerMetric.loss
+    """What it is measured by, beside the loss."""
 
     @property
     def own_held_out(self) -> HeldOut:
@@ -93,6 +99,10 @@ class Term:
     weight: float = 1.0
     loss: Loss | None = None
     """None: the cross-entropy."""
+    stage: "Stage | None" = None
+    """Whose samples a classifier is shown; None: those of the stage in training."""
+    all_seen: bool = False
+    """Whether all classes seen so far compete, also where continual.logits=task lets only the stage's own do so."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,8 +185,23 @@ class Trainee(Protocol):
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's master in the plain model's shape, on all processes."""
 
-    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The squared Frobenius norm of each whole master. Shapes: (len(parameters),), float64."""
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors in parts like `store.master`, in the shapes that modules compute with; maybe the same memory."""
+
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+        """While it is open, forward passes use these values, as `assembled` gives them, in place of parameters' own.
+
+        Masters stay as they are. No gradients may be under way. Low-rank factors have `relora.linear.standing_in`.
+        """
+
+    def squared_norms(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor] | None = None) -> Tensor:
+        """The squared Frobenius norm of each whole master, or of tensors cut like them.
+
+        Shapes: (len(parameters),), float64
+        """
+
+    def step_sizes(self, parameter: nn.Parameter) -> Tensor:
+        """What the last update multiplied each entry of Adam's first moment by, in parts like `store.master`."""
 
     def gradients(self, terms: Iterable[Term]) -> dict[nn.Parameter, Tensor]:
         """The gradient of a loss, summed over all processes, in parts like `store.master`; nothing is updated."""
@@ -195,6 +220,14 @@ class Method:
     """Whether `down` trains."""
     folds: ClassVar[bool] = False
     """Whether base weights take up each task's update at its end, and factors are drawn anew."""
+
+    @property
+    def written(self) -> str | None:
+        """Which parts of its state are written to models in place of parameters: what precedes their names there.
+
+        None: the parameters themselves are written.
+        """
+        return None
 
     def begin_stage(self, on: Trainee, stage: Stage) -> None:
         """Before the first update of a stage; Adam's state is clear."""
@@ -215,6 +248,10 @@ class Method:
     def draw(self, layer: str, shape: Sequence[int], restart_index: int) -> Tensor | None:
         """A fresh `down` for a low-rank layer at a restart; None: at random."""
         return None
+
+    def measured(self, on: Trainee) -> AbstractContextManager[None]:
+        """While it is open, the model is what the method wants to be measured and written."""
+        return nullcontext()
 
     def measures(self) -> dict[str, float]:
         """What is worth a line in the records of this step."""

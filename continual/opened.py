@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from continual.images import ImageForm
 from continual.labelled import Modality
 from continual.method import TaskData
 
@@ -23,5 +24,7 @@ class OpenTasks:
     """Outputs of the classifier, in the order in which tasks bring them."""
     image: tuple[int, int] | None = None
     """Pixels of a side, and channels; None for text."""
+    form: ImageForm | None = None
+    """How images of all tasks become tensors; None for text, or where tasks differ in mean or std."""
     rows: list[Row]
     """A row for each task; all rows have the same columns."""

@@ -25,7 +25,7 @@ class SetFormat(str, Enum):
     lists = "lists"
     """Files NAME_train and NAME_test that list images and labels, as DomainNet has; NAME is a domain."""
     text = "text"
-    """JSON Lines with a text and a label."""
+    """JSON Lines or Parquet with a text and a label."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

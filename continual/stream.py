@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from continual.answers import AnswerMetric
 from continual.method import Stage, TaskData, TaskKind
 from relora.errors import ConfigError
 
@@ -34,6 +35,8 @@ class TaskConfig:
     """Train all weights: a warm start. Only the first tasks of a stream may."""
     lr: float | None = None
     """Peak learning rate of the task; null: optimizer.lr."""
+    metric: AnswerMetric = AnswerMetric.loss
+    """instruction only: loss, or what is made of the answers that the model writes: exact, choice or rouge_l."""
 
     @property
     def key(self) -> str:
@@ -83,7 +86,11 @@ def _task(value: Any, key: str) -> TaskConfig:
     kinds = [kind.value for kind in TaskKind]
     if value["kind"] not in kinds:
         raise ConfigError(f"{key}.kind must be one of {', '.join(kinds)}, got {value['kind']!r}")
-    task = TaskConfig(**{**value, "kind": TaskKind(value["kind"])})
+    metrics = [metric.value for metric in AnswerMetric]
+    if value.get("metric", "loss") not in metrics:
+        raise ConfigError(f"{key}.metric must be one of {', '.join(metrics)}, got {value['metric']!r}")
+    chosen = {"kind": TaskKind(value["kind"]), "metric": AnswerMetric(value.get("metric", "loss"))}
+    task = TaskConfig(**{**value, **chosen})
     _check_numbers(task)
     return task
 
@@ -101,6 +108,11 @@ def _check_numbers(task: TaskConfig) -> None:
         raise ConfigError(f"{task.key}.classes must be a list of at least one class (or null), got {task.classes!r}")
     if task.retain is not None and task.kind is not TaskKind.forget:
         raise ConfigError(f"{task.key}.retain has no effect on kind={task.kind.value}: leave it out")
+    if task.metric is not AnswerMetric.loss and task.kind is not TaskKind.instruction:
+        raise ConfigError(
+            f"{task.key}.metric={task.metric.value} has no effect on kind={task.kind.value}, which has no answers: "
+            "leave it out"
+        )
     if not isinstance(task.full_rank, bool):
         raise ConfigError(f"{task.key}.full_rank must be true or false, got {task.full_rank!r}")
 
@@ -109,9 +121,11 @@ def stages_of(tasks: Sequence[TaskConfig], data: Sequence[TaskData], global_batc
     """When each task is trained."""
     stages: list[Stage] = []
     seen: dict[int, None] = {}
+    forgotten: set[int] = set()
     first = 0
     for index, (task, one) in enumerate(zip(tasks, data, strict=True)):
         seen |= dict.fromkeys(one.classes)
+        forgotten = forgotten | {*one.classes} if task.kind is TaskKind.forget else forgotten - {*one.classes}
         steps = task.steps or math.ceil((task.epochs or 0.0) * len(one.train) / global_batch)
         stages.append(
             Stage(
@@ -122,6 +136,10 @@ def stages_of(tasks: Sequence[TaskConfig], data: Sequence[TaskData], global_batc
                 steps=steps,
                 data=one,
                 seen=tuple(sorted(seen)),
+                forgotten=tuple(sorted(forgotten)),
+                full_rank=task.full_rank,
+                lr=task.lr,
+                metric=task.metric,
             )
         )
         first += steps

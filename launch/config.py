@@ -29,6 +29,7 @@ from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig, check_schedule
@@ -158,6 +159,8 @@ class RunConfig:
     """Ask torch for deterministic GPU kernels; a CPU run is bitwise repeatable without."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
+    profile_steps: int = 0
+    """Steps that torch's profiler watches, from a process's fourth on; profile/ has a trace and a table. 0: none."""
     save_start: bool = True
     """Write start/, the model that low-rank training began from; spectra and `export` of an SVD adapter read it."""
     save_final: bool = True
@@ -166,6 +169,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every must be at least 1, got {self.log_every}")
+        if self.profile_steps < 0:
+            raise ConfigError(f"run.profile_steps must not be negative, got {self.profile_steps}")
         if not self.name or "/" in self.name:
             raise ConfigError(f"run.name must be a plain name without '/', got {self.name!r}: use run.dir for a path")
 
@@ -250,8 +255,12 @@ class TrainConfig:
         merging = self.lte or self.relora
         if merging is not None:
             return merging.merge_precision
-        folds = self.continual is not None and METHODS[self.continual.method].folds
-        return MergePrecision.split if folds else MergePrecision.nearest
+        return MergePrecision.split if self.folds else MergePrecision.nearest
+
+    @property
+    def folds(self) -> bool:
+        """Whether base weights take up each task's update at its end, that of the last one too."""
+        return self.continual is not None and METHODS[self.continual.method].folds
 
     @property
     def restarts(self) -> Restarts | None:
@@ -286,6 +295,11 @@ def check(config: TrainConfig) -> None:
                 f"{name}.merge_precision={precision} has no effect with training.dtype=fp32, where merges are exact: "
                 "leave it at split, or set training.dtype=bf16"
             )
+    if config.lora is not None and config.lora.forward is ForwardPath.merged and config.parallel.zero_stage == 3:
+        raise ConfigError(
+            "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
+            "avoid: choose addmm, or a lower stage"
+        )
     if config.lte is not None:
         check_lte(config, config.lte)
     if config.continual is None:
@@ -303,6 +317,11 @@ def _check_length(config: TrainConfig, steps: int) -> None:
     if stop is not None and stop >= steps:
         raise ConfigError(
             f"training.stop_after={stop} has no effect on a run of {steps} steps: leave it out or lower it"
+        )
+    if config.run.profile_steps and config.run.profile_steps + 3 > steps:
+        raise ConfigError(
+            f"run.profile_steps={config.run.profile_steps} begins after three steps and does not fit a run of {steps}: "
+            "lower it, or raise training.steps"
         )
     if steps > 0:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from continual.data import open_data
+from continual.images import ImageForm
 from continual.joint import joined_tasks
 from continual.method import Method, Stage, TaskData, TaskKind
 from continual.methods.registry import METHODS
@@ -36,6 +37,8 @@ class Course:
     """What the outputs of a classifier stand for."""
     image: tuple[int, int] | None = None
     """Size and channels of images."""
+    form: ImageForm | None = None
+    """How images become tensors, where all tasks have one way."""
     rows: list[Row]
     """A table of the data."""
     tokens_per_sample: int
@@ -132,6 +135,7 @@ def _stream(config: TrainConfig, progress: Progress | None) -> Course:
         vocab_size=opened.vocab_size,
         class_names=opened.class_names,
         image=opened.image,
+        form=opened.form,
         rows=opened.rows,
         tokens_per_sample=1 if opened.modality is Modality.images else config.data.sequence_length,
         facts=facts,

@@ -1,15 +1,18 @@
-"""What stands beside a model's weights in a Hugging Face folder: its configurations and its tokenizer."""
+"""What stands beside a model's weights in a Hugging Face folder: configurations, tokenizer, how images are prepared."""
 
 import copy
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from continual.data import open_data
+from continual.images import ImageForm
 from continual.tokenizer import BYTES, bpe_vocabulary, byte_tokenizer, encoder_of, load_tokenizer
 from launch.config import TrainConfig
 from launch.course import model_of_course, open_course
@@ -26,6 +29,8 @@ class Description:
     """The tokenizer, unless there is a folder, or the model reads images."""
     generation: GenerationConfig | None = None
     """How a pre-trained model generates; None: as its family does."""
+    form: ImageForm | None = None
+    """How images become tensors; None: not known, or the model reads none."""
     folder: Path | None = None
     """A Hugging Face folder whose files are copied."""
 
@@ -42,6 +47,9 @@ class Description:
                 generation.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+            if self.form is not None:
+                values = json.dumps(image_processor(self.form), indent=2)
+                (folder / "preprocessor_config.json").write_text(values + "\n", encoding="utf-8")
         else:
             for path in self.folder.iterdir():
                 if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -52,7 +60,33 @@ class Description:
         hf_config.save_pretrained(folder)
 
 
-def describe(config: ModelConfig, hf_config: PretrainedConfig, tokenizer: Any) -> Description:
+def image_processor(form: ImageForm) -> dict[str, Any]:
+    """What AutoImageProcessor reads to prepare images as training did.
+
+    CLIP's is the one whose steps are general. It resizes before it cuts, so images that are not square come out a
+    little different.
+    """
+    assert form.size is not None, "the model has a size"
+    assert form.channels is not None, "and channels"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": form.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": form.size},
+        "resample": int(Image.Resampling.BILINEAR),
+        "do_center_crop": True,
+        "crop_size": {"height": form.size, "width": form.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [form.mean] * form.channels,
+        "image_std": [form.std] * form.channels,
+    }
+
+
+def describe(
+    config: ModelConfig, hf_config: PretrainedConfig, tokenizer: Any, form: ImageForm | None = None
+) -> Description:
     """The description of a model in memory."""
     hf_config = copy.deepcopy(hf_config)
     if hasattr(hf_config, "use_cache"):
@@ -63,7 +97,7 @@ def describe(config: ModelConfig, hf_config: PretrainedConfig, tokenizer: Any) -
             generation = GenerationConfig.from_pretrained(config.name_or_path)
         except OSError:  # it has none of its own
             generation = None
-    return Description(hf_config=hf_config, tokenizer=tokenizer, generation=generation)
+    return Description(hf_config=hf_config, tokenizer=tokenizer, generation=generation, form=form)
 
 
 def description_of(run_dir: Path, config: TrainConfig) -> Description:
@@ -80,7 +114,7 @@ def description_of(run_dir: Path, config: TrainConfig) -> Description:
             raise ConfigError(f"{folder} is damaged: {error}. Restore its config.json, or remove it") from error
     if config.continual is not None:
         course = open_course(config)
-        return describe(config.model, model_of_course(config, course), course.tokenizer)
+        return describe(config.model, model_of_course(config, course), course.tokenizer, course.form)
     tokenizer = _tokenizer(config)
     size = encoder_of(tokenizer, config.data.tokenizer).vocab_size
     hf_config = model_config(config.model, vocab_size=size, sequence_length=config.data.sequence_length)

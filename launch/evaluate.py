@@ -102,6 +102,7 @@ def _evaluate_stream(config: TrainConfig, name_or_path: str) -> dict[str, object
         sequences=config.evaluation.sequences,
         classes=len(course.class_names),
         scenario=config.continual.scenario,
+        tokenizer=course.tokenizer,
     )
     return {"model": name_or_path, "scores": scores_of(model.to(device), course.tasks, course.stages[-1], measuring)}
 

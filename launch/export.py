@@ -20,6 +20,7 @@ from continual.folders import new_folder
 from launch import exits
 from launch.config import Dtype, to_typed
 from launch.console import Console, make_console
+from launch.course import make_method
 from launch.description import description_of
 from launch.forms import Form, Source, check_form, write_adapter, write_model, write_svd
 from launch.snapshot import Snapshot
@@ -122,7 +123,7 @@ def export(run_dir: Path, config: ExportConfig, console: Console) -> Path:
         raise ConfigError(f"export.out={out} is there already: remove it, or name another folder")
     trained = to_typed(OmegaConf.create(checkpoint.state["config"]))
     description = description_of(run_dir, trained)
-    snapshot = Snapshot(checkpoint, description.hf_config, trained.lora)
+    snapshot = Snapshot(checkpoint, description.hf_config, trained.lora, written=make_method(trained).written)
     source = Source(run_dir=run_dir, config=trained, snapshot=snapshot, description=description)
     check_form(config.to, source, config.rank)
     console.info(f"step {checkpoint.state['run']['step']} of {run_dir}, from {checkpoint.folder.name}")

@@ -1,5 +1,6 @@
 """What a continual method remembers, in checkpoints: plain values, whole tensors, and parts of parameters."""
 
+import torch
 from torch import Tensor
 
 from continual.method import MethodState
@@ -24,6 +25,12 @@ def held_of_method(run: Run) -> dict[str, tuple[Region, Tensor]]:
     return held
 
 
+def names_of_parts(checkpoint: Checkpoint, before: str) -> dict[str, str]:
+    """What parts are called in a checkpoint, by their parameters: those named by it with these letters before it."""
+    named = (name.rpartition(":")[::2] for name in checkpoint.names(KIND))
+    return {parameter: f"{own}:{parameter}" for own, parameter in named if own == f"{_PART}{before}{parameter}"}
+
+
 def load_method(run: Run, checkpoint: Checkpoint) -> None:
     """Give the method back what it remembered, cut for this layout of processes."""
     state = MethodState(values=checkpoint.state[KIND])
@@ -36,6 +43,17 @@ def load_method(run: Run, checkpoint: Checkpoint) -> None:
         parameter = parameters[of]
         if parameter.requires_grad:
             assert isinstance(run.engine, Engine)
-            part = checkpoint.part(KIND, name, run.engine.store.master_region(parameter))
-            state.parts[own] = parameter, part.reshape(-1).to(run.runtime.device, copy=True)
+            store = run.engine.store
+            part = _part(checkpoint, name, store.master_region(parameter), grows=of in run.outputs)
+            state.parts[own] = parameter, part.reshape(-1).to(store.master(parameter).device, copy=True)
     run.method.load(state)
+
+
+def _part(checkpoint: Checkpoint, name: str, region: Region, *, grows: bool) -> Tensor:
+    """A part as this layout cuts it; outputs of classes that tasks have brought since then begin at zero."""
+    shape = checkpoint.shape(KIND, name)
+    if not (grows and shape[0] < region.shape[0]):
+        return checkpoint.part(KIND, name, region)
+    grown = torch.zeros(region.shape)
+    grown[: shape[0]] = checkpoint.whole(KIND, name)
+    return region.take(grown)

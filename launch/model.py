@@ -254,7 +254,9 @@ def save_model(model: Any, folder: Path, tokenizer: PreTrainedTokenizerBase | No
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     try:
         with in_place_of(folder) as partial:
-            model.save_pretrained(partial, state_dict=merged_state_dict(model, dtype=dtype))
+            weights = merged_state_dict(model, dtype=dtype)
+            # Under the model's own names, as in final/; transformers would write those of its former versions.
+            model.save_pretrained(partial, state_dict=weights, save_original_format=False)
             model.config.dtype = dtype  # the model's own was written, and loading would cast to it
             model.config.save_pretrained(partial)
             if tokenizer is not None:

@@ -1,6 +1,6 @@
 """One run in memory: everything that the loop works on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from continual.method import Method, Stage, TaskKind, Term, Trainee
 from launch.config import TrainConfig
 from launch.course import Course
 from launch.guard import Guard
+from launch.paths import told
 from launch.run_folder import RunFolder
 from launch.signals import StopRequest
 from launch.spectra import Spectra
@@ -66,6 +67,8 @@ class Run:
     """The states of the further heads that this process hosts; `state` is the first one's."""
     trainee: Trainee = field(init=False)
     """The model as the method sees it."""
+    stepped: Callable[[], None] | None = None
+    """Told of each finished update; the profiler's."""
     diverged: dict[int, str] = field(default_factory=dict)
     """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 
@@ -96,11 +99,11 @@ class Run:
 
     def among(self, term: Term) -> Term:
         """A term of the loss, with word of the classes that compete for its samples."""
-        count, continual, stage = len(self.course.class_names), self.config.continual, self.stage
+        count, continual, stage = len(self.course.class_names), self.config.continual, term.stage or self.stage
         if not count or term.batch.classes is not None:
             return term
         assert continual is not None
-        own = continual.logits is Competing.task and stage.kind is TaskKind.classification
+        own = continual.logits is Competing.task and stage.kind is TaskKind.classification and not term.all_seen
         return replace(term, batch=term.batch.among(stage.data.classes if own else stage.seen, count))
 
     def next_batch(self) -> Batch:
@@ -116,7 +119,8 @@ class Run:
 
 def measure_update(run: Run) -> None:
     """Decompose W - W_start as it is now, delta included, where spectra are wanted."""
-    state, pending = run.state, run.config.lte is None and run.state.step == run.course.total_steps
+    state, config = run.state, run.config
+    pending = config.lte is None and not config.folds and state.step == run.course.total_steps
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
         run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)
@@ -140,3 +144,5 @@ def show_model(run: Run) -> None:
     lines = [astuple(row) for row in run.conversion.rows()]
     run.watch.console.table("model", ("kind", "modules", "parameters", "trainable", "state"), lines)
     run.watch.say(f"low rank: {trainable:,} parameters train, for a model of {run.conversion.total:,}, {where}")
+    if run.state.paths:
+        run.watch.say(told(run.state.paths))

@@ -117,10 +117,10 @@ def load_weights(run: Run, checkpoint: Checkpoint) -> None:
 
 def save_folder(run: Run, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Write a Hugging Face folder into the run folder, from a checkpoint's files, on the main process."""
-    description = describe(run.config.model, run.hf_config, run.course.tokenizer)
+    description = describe(run.config.model, run.hf_config, run.course.tokenizer, run.course.form)
 
     def write() -> None:
-        snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora)
+        snapshot = Snapshot(checkpoint, run.hf_config, run.config.lora, written=run.method.written)
         write_folder(snapshot, description, run.folder.path / name, dtype)
 
     on_main(run.runtime, write)

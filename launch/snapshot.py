@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from launch.method_state import KIND, names_of_parts
 from launch.model import model_class
 from parallel.checkpoint import Checkpoint
 from relora.convert import LoraConfig
@@ -42,13 +43,24 @@ class Snapshot:
     Each is whole, however many processes wrote the checkpoint, and however they shared it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, hf_config: PretrainedConfig, lora: LoraConfig | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        hf_config: PretrainedConfig,
+        lora: LoraConfig | None,
+        *,
+        written: str | None = None,
+    ) -> None:
         """Look at the names and shapes.
+
+        Args:
+            written: what in the method's memory takes the place of what trains: `Method.written`.
 
         Raises: ConfigError when the checkpoint is not of this model.
         """
         self._checkpoint = checkpoint
         self._lora = lora
+        self._in_place = {} if written is None else names_of_parts(checkpoint, written)
         stored, optimized = (set(checkpoint.names(kind)) for kind in ("model", "optimizer"))
         self._stored, self._optimized = set(filter(is_shared, stored)), set(filter(is_shared, optimized))
         self._heads = self._stored != stored
@@ -75,6 +87,8 @@ class Snapshot:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
         name = self._first_name.get(name, name)
+        if name in self._in_place:
+            return self._checkpoint.whole(KIND, self._in_place[name])
         master = f"{name}/master"
         kind, name = ("optimizer", master) if master in self._optimized else ("model", name)
         return self._checkpoint.whole(kind, name)

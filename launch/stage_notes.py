@@ -11,7 +11,7 @@ from launch.records import append_records, read_records
 from launch.stage_records import BEFORE, StageRecord, Stream, stream_of
 from launch.stream_groups import shown, single
 from launch.stream_heat import matrix_figure
-from launch.stream_tables import matrix_table
+from launch.stream_tables import AUDIT, audit_table, matrix_table
 from launch.tracker import Pixels
 from launch.watch import Watch
 
@@ -30,7 +30,11 @@ def note_stage(watch: Watch, records: Sequence[StageRecord]) -> None:
 
 def tell_stream(watch: Watch, records: Sequence[StageRecord]) -> None:
     """Show the whole matrix at a run's end."""
-    watch.console.table("Scores after each stage:", *matrix_table(single(stream_of(records))))
+    stream = stream_of(records)
+    watch.console.table("Scores after each stage:", *matrix_table(single(stream)))
+    audits = audit_table(stream)
+    if audits is not None:
+        watch.console.table("Forgotten on purpose:", *audits)
 
 
 def restore_stages(watch: Watch, records: Sequence[StageRecord]) -> None:
@@ -56,6 +60,9 @@ def _numbers(newest: StageRecord, stream: Stream) -> dict[str, int | float]:
 
 
 def _words(newest: StageRecord, stream: Stream) -> str:
+    if newest.audit is not None:
+        audit = ", ".join(f"{AUDIT[key]} {value:.4f}" for key, value in newest.audit.items() if key in AUDIT)
+        return f"stage {newest.task} ended at step {newest.step}: {audit}"
     told = stream.summary()
     key, name = ("last_accuracy", "accuracy") if stream.score == "accuracy" else ("last_perplexity", "perplexity")
     parts = [f"{name} {told[key]:.4g}"] if told[key] is not None else []

@@ -21,7 +21,9 @@ class Score:
     loss: float | None = None
     """Nats per target."""
     accuracy: float | None = None
-    """From 0 to 1; classifiers only."""
+    """From 0 to 1: of a classifier the share right, of answers that are written what `metric` makes of them."""
+    metric: str | None = None
+    """exact, choice or rouge_l where answers are written."""
     accuracy_in_task: float | None = None
     """The same when the task is known, so that only its own classes compete."""
     perplexity: float | None = None
@@ -51,7 +53,7 @@ class StageRecord:
     report: dict[str, Any] = field(default_factory=dict)
     """What the method tells of it."""
     audit: dict[str, Any] | None = None
-    """What was forgotten on purpose, and what was kept."""
+    """What was forgotten on purpose, what was kept, and under `unlearned` the tasks of which nothing is left."""
 
     def values(self) -> Record:
         """Plain values, for records and checkpoints; what is not known is left out."""
@@ -96,6 +98,9 @@ class Stream:
         """A row for each stage; of those that were never recorded here, an empty one."""
         recorded = {record.index: record for record in self.stages}
         learned = {task: record.index for record in reversed(self.stages) for task in record.learned}
+        for record in self.stages:
+            for task in (record.audit or {}).get("unlearned", ()):
+                learned.pop(task, None)
         samples = {task: score.samples for record in self.stages for task, score in record.scores.items()}
         return ScoreMatrix(
             rows=[self.row(recorded.get(index)) for index in range(max(recorded, default=-1) + 1)],
@@ -107,7 +112,9 @@ class Stream:
 
     def summary(self) -> dict[str, Any]:
         """What summary.json tells of the stream."""
-        return {"tasks": self.tasks, "score": self.score, **summary(self.matrix, score=self.score)}
+        told = {"tasks": self.tasks, "score": self.score, **summary(self.matrix, score=self.score)}
+        audits = {stage.task: stage.audit for stage in self.stages if stage.audit is not None}
+        return {**told, "audits": audits} if audits else told
 
 
 def stream_of(records: Sequence[StageRecord]) -> Stream:
@@ -115,7 +122,7 @@ def stream_of(records: Sequence[StageRecord]) -> Stream:
     by_index = {record.index: record for record in records}
     stages = [by_index[index] for index in sorted(by_index) if index != BEFORE]
     scores = [score for record in records for score in record.scores.values()]
-    accurate = all(score.accuracy is not None and score.perplexity is None for score in scores)
+    accurate = all(score.accuracy is not None and (score.perplexity is None or score.metric) for score in scores)
     return Stream(
         stages=stages,
         baseline=by_index.get(BEFORE),

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from continual.method import Stage
-from continual.methods.registry import METHODS
+from continual.method import Stage, TaskKind
+from launch.fold_check import FoldCheck
 from launch.heads import drawn_for
 from launch.run import Run, measure_update
 from launch.saves import last_checkpoint, load_weights, save_checkpoint, save_folder
-from launch.scores import measuring_of, scores_of
+from launch.scores import audit_of, column, measuring_of, scores_of
 from launch.stage_notes import note_stage
 from launch.stage_records import BEFORE, StageRecord
 from launch.trainee import EngineTrainee
@@ -38,12 +38,13 @@ def begin_stage(run: Run, stage: Stage) -> None:
         return
     if state.begun == 0:
         _measure(run, None, {})
-    if run.config.continual is not None and run.config.continual.method == "per_task" and not stage.full_rank:
+    if _has_model_per_task(run) and not stage.full_rank:
         _return_to_start(run)
     _clear_optimizer(run)
     if run.sync is not None:
         run.sync.forget_momenta()
     state.forget_spikes()
+    _measure_request(run, stage)
     run.method.begin_stage(run.trainee, stage)
     state.begun = stage.index + 1
     run.watch.say(
@@ -60,8 +61,10 @@ def end_stage(run: Run, stage: Stage) -> None:
     clock = Stopwatch()
     run.method.end_stage(run.trainee, stage)
     report = run.method.report()
-    if METHODS[config.method].folds and run.conversion is not None:
+    if run.config.folds and run.conversion is not None:
+        check = FoldCheck(run, stage)
         fold(run)
+        report = {**report, "fold_difference": check.difference(run)}
     state.boundaries.append(step_name(state.step))
     _measure(run, stage, report)
     save_checkpoint(run)
@@ -97,10 +100,19 @@ def fold(run: Run) -> None:
 
 
 def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
-    """Add a row to the matrix: every task that the model can be asked for by now."""
+    """Add a row to the matrix: every task that the model can be asked for by now.
+
+    Of a model per task the scores on earlier tasks are those of their own models, which have not changed.
+    """
     state = run.state
-    scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
+    with run.method.measured(run.trainee):
+        scores = scores_of(run.model, run.course.tasks, stage, measuring_of(run))
+    if stage is not None and _has_model_per_task(run):
+        scores |= {
+            task: score for task, score in records_of(run)[-1].scores.items() if task in _names_before(run, stage)
+        }
     before = sum(row.get("seconds", 0.0) for row in state.rows)
+    audit = None if stage is None else audit_of(stage, run.course.tasks, records_of(run)[-1].scores, scores)
     record = StageRecord(
         step=state.step,
         task="start" if stage is None else stage.name,
@@ -111,8 +123,21 @@ def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:
         peak_memory_bytes=peak_memory_bytes(run.runtime.device),
         method_bytes=method_bytes(run),
         report=report,
+        audit=audit,
     )
     state.rows.append(record.values())
+    note_stage(run.watch, records_of(run))
+
+
+def _measure_request(run: Run, stage: Stage) -> None:
+    """Add what a request to forget is audited against to the newest row, if it was not there to be measured then."""
+    if stage.kind is not TaskKind.forget:
+        return
+    newest = records_of(run)[-1]
+    if {column(stage, label) for label in stage.data.held_out} <= newest.scores.keys():
+        return
+    newest.scores |= scores_of(run.model, [stage], stage, measuring_of(run))
+    run.state.rows[-1] = newest.values()
     note_stage(run.watch, records_of(run))
 
 
@@ -126,6 +151,14 @@ def method_bytes(run: Run) -> int:
     state = run.method.state()
     tensors = [*state.tensors.values(), *(part for _, part in state.parts.values())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _has_model_per_task(run: Run) -> bool:
+    return run.config.continual is not None and run.config.continual.method == "per_task"
+
+
+def _names_before(run: Run, stage: Stage) -> list[str]:
+    return [task.name for task in run.course.tasks if task.index < stage.index]
 
 
 def _clear_optimizer(run: Run) -> None:

@@ -51,7 +51,8 @@ def _draw(groups: Sequence[StreamGroup]) -> Iterable[Drawing]:
     yield (
         "matrix",
         "Score after each stage",
-        f"{score} on each task. Framed: learned in that stage. Italic: not learned yet.{over}",
+        f"{score} on each task. Framed: learned in that stage. Italic: not learned yet, or asked about by a request to "
+        f"forget.{over}",
         matrix_figure(groups),
     )
     yield "tasks", "Score of each task", f"Dotted: before it was learned.{bars}", stream_figures.curves_figure(groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from continual.config import Competing, ContinualConfig
+from continual.fisher import Labels
 from continual.method import TaskKind
 from continual.methods.registry import METHODS
 from relora.errors import ConfigError
@@ -37,8 +38,8 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
         raise ConfigError(f"continual.method={method} works on low-rank factors: choose lora=lora, or another method")
     if not entry.restarts and config.relora is not None:
         raise ConfigError(
-            f"continual.method={method} remembers factors, which restarts draw anew: choose relora=none, or "
-            "another method"
+            f"continual.method={method} keeps to one draw of factors through a task, and restarts draw anew: choose "
+            "relora=none, or another method"
         )
     relora, full_rank = config.relora, continual.full_rank_steps
     if relora is not None and relora.warm_start_steps and full_rank:
@@ -50,10 +51,10 @@ def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:
         raise ConfigError(
             "full_rank: true has no effect with lora=none, where all tasks train at full rank: leave it out"
         )
-    if continual.logits is Competing.task and method in ("replay", "joint"):
+    if continual.logits is Competing.task and method == "joint":
         raise ConfigError(
-            f"continual.logits=task leaves samples of earlier tasks without their own class, and {method} trains "
-            "on them: choose continual.logits=seen"
+            "continual.logits=task has no effect with continual.method=joint, whose one task has all classes: choose "
+            "continual.logits=seen"
         )
 
 
@@ -92,10 +93,34 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
         raise ConfigError(
             f"training.stop_after={stop} has no effect on a stream of {total} steps: leave it out or lower it"
         )
-    forgetting = [stage.name for stage in course.stages if stage.kind is TaskKind.forget]
-    if forgetting:
+    _check_requests(continual, course)
+    text = [stage.name for stage in course.stages if stage.kind is not TaskKind.classification]
+    if continual.method == "ewc" and continual.ewc.labels is Labels.model and text:
         raise ConfigError(
-            f"continual.method={continual.method} does not forget, which {forgetting[0]} asks for: leave that task out"
+            f"continual.ewc.labels=model draws classes, and {text[0]} has none: choose continual.ewc.labels=data"
         )
-    if continual.method == "replay":
+    if "replay" in METHODS[continual.method].sections:
         continual.replay.samples(config.job_batch, processes)
+
+
+def _check_requests(continual: ContinualConfig, course: Course) -> None:
+    """Refuse requests to forget that the method does not serve."""
+    method = continual.method
+    requests = [stage for stage in course.stages if stage.kind is TaskKind.forget]
+    if requests and not METHODS[method].forgets:
+        able = ", ".join(name for name, entry in METHODS.items() if entry.forgets)
+        raise ConfigError(
+            f"continual.method={method} does not forget, which {requests[0].name} asks for: choose {able}, or leave "
+            "that task out"
+        )
+    for stage in requests:
+        if stage.full_rank:
+            raise ConfigError(
+                f"continual.tasks.{stage.name}.full_rank=true: continual.method={method} forgets with low-rank "
+                "factors; leave it out there"
+            )
+    if method == "gs_lora" and continual.gs_lora.prototypes and requests and not course.class_names:
+        raise ConfigError(
+            "continual.gs_lora.prototype_retain and prototype_forget are about classes, which a language model has "
+            "none of: leave them out"
+        )

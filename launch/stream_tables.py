@@ -45,8 +45,15 @@ AUDIT = {
     "earlier_after": "Acc_old",
     "drop": "drop",
     "h_mean": "H-mean",
+    "forgotten_loss_before": "loss_f before",
+    "forgotten_loss_after": "loss_f after",
+    "retained_loss_before": "loss_r before",
+    "retained_loss_after": "loss_r after",
+    "earlier_loss_after": "loss_old",
+    "forgotten_rise": "rise_f",
+    "retained_rise": "rise_r",
 }
-"""What audits of forgetting tell, in the words of GS-LoRA."""
+"""What audits of forgetting tell, in the words of GS-LoRA; of language models by the loss in nats per target."""
 
 
 def outcome_table(groups: Sequence[StreamGroup]) -> Table:

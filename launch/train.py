@@ -29,6 +29,7 @@ from launch.model import model_class, save_model
 from launch.pace import cycles
 from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.prepare import following, show_data
+from launch.profiling import profiled
 from launch.report import report
 from launch.resuming import check_course
 from launch.run import Run, measure_update, show_model
@@ -129,7 +130,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         method=make_method(config),
         stage=course.stage(max(0, state.step - 1)),
         hf_config=hf_config,
-        engine=make_engine_of_heads(phase, config, runtime),
+        engine=make_engine_of_heads(phase, config, runtime, state.paths),
         conversion=phase.conversion,
         outputs=phase.outputs,
         targets=phase.targets,
@@ -195,7 +196,7 @@ def execute(run: Run) -> int:
     if state.step == 0:
         evaluate(run)
     try:
-        with watch.console.progress(run.course.total_steps, state.step) as watch.progress:
+        with watch.console.progress(run.course.total_steps, state.step) as watch.progress, profiled(run):
             complete = train(run)
     except TrainingDiverged:
         run.saver.wait()
@@ -238,7 +239,8 @@ def finish(run: Run) -> dict[str, Any]:
     state, config = run.state, run.config
     live_loss = state.val_loss if state.val_step == state.step else evaluate(run)
     assert live_loss is not None
-    measure_update(run)
+    if not config.folds:
+        measure_update(run)  # a fold has done so
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)

@@ -4,6 +4,7 @@ Implements `continual.method.Trainee`; its plain twin is tests/plain_trainee.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from launch.run import Run
 from parallel.collectives import share_work, sum_over
 from parallel.engine import Engine
 from relora.linear import LowRankLinear
+from relora.optimizer import step_sizes
 from relora.restart import ParameterStore
 
 
@@ -116,9 +118,23 @@ class EngineTrainee:
         """A parameter's master in the plain model's shape."""
         return self._engine.store.whole(parameter)
 
-    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The squared Frobenius norm of each whole master."""
-        return self._engine.store.squared_norms(parameters)
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors in parts like masters, in the shapes that modules compute with."""
+        return self._engine.store.assembled(parts)
+
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> AbstractContextManager[None]:
+        """While it is open, forward passes use other values of parameters."""
+        return self._engine.store.swapped(values)
+
+    def squared_norms(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor] | None = None) -> Tensor:
+        """The squared Frobenius norm of each whole master, or of tensors cut like them."""
+        return self._engine.store.squared_norms(parameters, parts)
+
+    def step_sizes(self, parameter: nn.Parameter) -> Tensor:
+        """What the last update multiplied each entry of Adam's first moment by."""
+        optimizer, moments = self._run.config.optimizer, self._engine.store.moments(parameter)
+        assert moments is not None, "an update was made"
+        return step_sizes(moments, lr=self.lr, beta=optimizer.betas[1], eps=optimizer.eps)
 
     def backward(self, terms: Iterable[Term]) -> list[Tensor]:
         """Forward and backward of terms; returns this process's part of each one's weighted mean loss."""

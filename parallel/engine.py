@@ -172,6 +172,9 @@ class Engine:
         """
         if not gradients:
             return
+        if self._optimizer is not self._engine.optimizer:
+            # A forward of the engine does so before each backward; without it stage 3 would write over what is there.
+            self._engine.optimizer.clear_backward_seen_flag()
         with self._gathered(list(gradients)):
             # The loss whose gradient they are: so they go the way of all gradients, whatever the stage does with it.
             products = [(parameter * gradient.to(parameter)).sum() for parameter, gradient in gradients.items()]

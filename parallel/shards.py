@@ -6,7 +6,8 @@ checkpoints address parameters by identity or name and never see the difference.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -153,12 +154,39 @@ class Shards:
         for parameter, flat in zip(edited, self._gathered(edited), strict=True):
             self._write_live(parameter, flat)
 
+    @torch.no_grad()
+    def assembled(self, parts: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Tensors like `master`, gathered over the data axis, in the shapes that modules compute with."""
+        flats = list(parts.values())
+        if self._spread:
+            flats = self._joined(
+                {parameter: (self._places[parameter].start, part) for parameter, part in parts.items()}
+            )
+        return {one: flat.view(self._region(one).cut_shape) for one, flat in zip(parts, flats, strict=True)}
+
+    @contextmanager
+    def swapped(self, values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Let forward passes use other values of parameters, shaped as `assembled` does; masters stay as they are."""
+        own = {parameter: self._live(self._names[parameter], parameter)[1].clone() for parameter in values}
+        with torch.no_grad():
+            for parameter, value in values.items():
+                self._write_live(parameter, value.reshape(-1))
+        try:
+            yield
+        finally:
+            for parameter, value in own.items():
+                drop_whole([parameter] if is_partitioned(parameter) else [])
+                self._live(self._names[parameter], parameter)[1].copy_(value)
+
     def _gathered(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Masters gathered over the data axis, flat, as far as tensor parallelism leaves them here."""
-        sizes = [math.prod(self._region(parameter).cut_shape) for parameter in parameters]
+        return self._joined({parameter: self._exact(parameter) for parameter in parameters})
+
+    def _joined(self, pieces: Mapping[nn.Parameter, tuple[int, Tensor]]) -> list[Tensor]:
+        """Flat pieces and where they begin, gathered over the data axis."""
+        sizes = [math.prod(self._region(parameter).cut_shape) for parameter in pieces]
         flat = torch.zeros(sum(sizes), device=self._runtime.device)
-        for parameter, target in zip(parameters, flat.split(sizes), strict=True):
-            start, values = self._exact(parameter)
+        for (start, values), target in zip(pieces.values(), flat.split(sizes), strict=True):
             target[start : start + len(values)] = values
         if self._spread:
             sum_over(self._runtime.data, flat)
@@ -224,14 +252,18 @@ class Shards:
         return region, part if region.is_flat else part.view(region.cut_shape)
 
     @torch.no_grad()
-    def squared_norms(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Squared Frobenius norms of whole masters. Shapes: (len(parameters),), float64."""
+    def squared_norms(self, parameters: Sequence[nn.Parameter], parts: Sequence[Tensor] | None = None) -> Tensor:
+        """Squared Frobenius norms of whole masters, or of tensors cut like them.
+
+        Shapes: (len(parameters),), float64
+        """
         axes = self._runtime
         sums = torch.zeros(len(parameters), dtype=torch.float64, device=axes.device)
         for number, parameter in enumerate(parameters):
             holders = 1 if self._spread else axes.data.size
             holders *= 1 if self._names[parameter] in self._cut else axes.tensor.size
-            sums[number] = self.master(parameter).double().square().sum() / holders
+            held = self.master(parameter) if parts is None else parts[number]
+            sums[number] = held.double().square().sum() / holders
         return sum_over(axes.model, sums)
 
     # ---- for checkpoints

@@ -87,8 +87,8 @@ class ColumnLowRank(Split, LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., part of out)."""
-        x = copied(x, self.axis)
-        return F.linear(x, self.matrix, self.bias) + self.update(x, copied(self.down, self.axis), self.up)
+        x, (down, up) = copied(x, self.axis), self.live()
+        return self.output(x, copied(down, self.axis), up, self.bias)
 
 
 class RowLinear(Split, nn.Linear):
@@ -115,7 +115,8 @@ class RowLowRank(Split, LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., part of in) -> (..., out)."""
-        part = F.linear(x, self.matrix) + self.update(x, self.down, copied(self.up, self.axis))
+        down, up = self.live()
+        part = self.output(x, down, copied(up, self.axis), None)
         return _with_bias(summed(part, self.axis), self.bias)
 
 

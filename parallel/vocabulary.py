@@ -69,3 +69,20 @@ def summed_cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Te
         loss: Tensor = _SummedCrossEntropy.apply(logits, labels, head.first, head.axis)  # type: ignore[no-untyped-call]
         return loss
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+def likeliest(model: nn.Module, logits: Tensor) -> Tensor:
+    """The token with the highest logit, of equal ones the first; equal on all processes of the tensor axis.
+
+    Shapes: (positions, vocabulary or part of it) -> (positions).
+    Collectives: where the output layer is split, one gather of two numbers per position, by all of the tensor axis.
+    """
+    best, place = logits.float().max(dim=1)
+    head = output_embedding(model)
+    if not isinstance(head, Split):
+        return place
+    pairs = torch.stack([best.double(), (place + head.first).double()])
+    gathered = pairs.new_empty(head.axis.size, *pairs.shape)
+    dist.all_gather(list(gathered), pairs, group=head.axis.group)
+    owner = gathered[:, 0].argmax(dim=0)
+    return gathered[:, 1].gather(0, owner.unsqueeze(0)).squeeze(0).long()

@@ -7,7 +7,8 @@ Shapes: W (out, in), down (adapter_rank, in), up (out, adapter_rank); transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora.initialize import draw_down
+from relora.paths import ForwardPath, addmm, factored, merged
 from relora.precision import MergePrecision, add_, join, split
 
 _BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of rows of about this size, so its temporaries stay small
@@ -48,6 +50,12 @@ class LowRankLinear(nn.Module):
     synced_up: Tensor | None
     hosted: int = 1
     """Heads of LTE whose factors it holds."""
+    path: ForwardPath = ForwardPath.factored
+    """How it computes; never `auto`."""
+    formed: Tensor | None = None
+    """W + scaling * up @ down while the passes of an update run (relora/merged.py). Shapes: (out, in)."""
+    stand_in: tuple[Tensor, Tensor] | None = None
+    """What takes the place of down and up in the forward pass."""
 
     def __init__(
         self,
@@ -95,25 +103,32 @@ class LowRankLinear(nn.Module):
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output by the factored path: the product `up @ down` is never formed."""
-        update = self.update(x, self.down, self.up)
-        return F.linear(x, self.matrix, self.bias) + update
+        """Return the layer's output."""
+        return self.output(x, *self.live(), self.bias)
+
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Return the down and up that the forward pass uses."""
+        return (self.down, self.up) if self.stand_in is None else self.stand_in
 
     @property
     def matrix(self) -> Tensor:
         """Return a view of the base weight. Shapes: (out, in)."""
         return self.weight.t() if self.transposed else self.weight
 
-    def update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return what the factors add to the output."""
+    def output(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output by the layer's path, from the values of `down` and `up`."""
         down, up = self.change(down, up)
-        if self.training and self.dropout_probability:
-            x = F.dropout(x, self.dropout_probability)
-        return self._apply_factors(x, down, up)
+        if self.formed is not None and self.stand_in is None:
+            return merged(x, self.formed, bias, down, up, self.scaling)
+        drops = self.training and self.dropout_probability > 0
+        dropped = F.dropout(x, self.dropout_probability) if drops else None
+        if self.path != ForwardPath.factored:
+            weight, transposed = self.weight, self.transposed
+            return addmm(x, weight, bias, down, up, self.scaling, transposed=transposed, dropped=dropped)
+        return self._factored(x, x if dropped is None else dropped, down, up, bias)
 
-    def _apply_factors(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        # Scaling between the factors touches adapter_rank values a token instead of out_features.
-        return F.linear(F.linear(x, down) * self.scaling, up)
+    def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.matrix, bias) + factored(dropped, down, up, self.scaling)
 
     def change(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.
@@ -247,6 +262,18 @@ class LowRankLinear(nn.Module):
         """Return the change by the given factors or the live ones, on the weight's device."""
         down, up = self.change(self.down if down is None else down, self.up if up is None else up)
         return down.to(self.weight.device), up.to(self.weight.device)
+
+
+@contextmanager
+def standing_in(factors: Mapping[LowRankLinear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let other factors take the place of these layers' own in forward passes."""
+    for layer, pair in factors.items():
+        layer.stand_in = pair
+    try:
+        yield
+    finally:
+        for layer in factors:
+            layer.stand_in = None
 
 
 def _add_blocks_(

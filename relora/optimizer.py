@@ -99,6 +99,13 @@ def clear_moments(moments: Moments) -> None:
 
 
 @torch.no_grad()
+def step_sizes(moments: Moments, *, lr: float, beta: float, eps: float) -> Tensor:
+    """What Adam's last update multiplied each entry of its corrected first moment by, flat."""
+    corrected: Tensor = moments.exp_avg_sq.flatten() / (1 - beta ** float(moments.step))
+    return corrected.sqrt_().add_(eps).reciprocal_().mul_(lr)
+
+
+@torch.no_grad()
 def scale_moments(moments: Moments, factor: float) -> None:
     """Make both averages count less, in place; the step counter stays."""
     moments.exp_avg.mul_(factor)

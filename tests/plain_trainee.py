@@ -1,5 +1,7 @@
 """The plain twin of launch/trainee.py: one process, torch's AdamW, no engine. Methods are tested on it first."""
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 
@@ -56,8 +58,25 @@ class PlainTrainee:
     def whole(self, parameter):
         return parameter.detach().float()
 
-    def squared_norms(self, parameters):
-        return torch.stack([parameter.detach().double().square().sum() for parameter in parameters])
+    def assembled(self, parts):
+        return {parameter: part.view(parameter.shape) for parameter, part in parts.items()}
+
+    @contextmanager
+    def swapped(self, values):
+        own = {parameter: parameter.detach().clone() for parameter in values}
+        for parameter, value in values.items():
+            parameter.data.copy_(value)
+        yield
+        for parameter, value in own.items():
+            parameter.data.copy_(value)
+
+    def squared_norms(self, parameters, parts=None):
+        return torch.stack([one.detach().double().square().sum() for one in (parts or parameters)])
+
+    def step_sizes(self, parameter):
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[parameter]
+        root = (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt()
+        return (self.lr / (root + group["eps"])).view(-1)
 
     def forward(self, batch, **wanted):
         return self.model(**batch.inputs, **wanted)

@@ -108,7 +108,7 @@ class Replay(Method):
         share = self._config.share
         return [
             Term(name="task", batch=batch, weight=1 - share),
-            Term(name="replay", batch=replayed, weight=share),
+            Term(name="replay", batch=replayed, weight=share, all_seen=True),
         ]
 
     def end_stage(self, on: Trainee, stage: Stage) -> None:

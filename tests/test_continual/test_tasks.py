@@ -9,7 +9,7 @@ from PIL import Image
 
 from continual.classes import Scenario
 from continual.data import DataConfig
-from continual.stream import parse_tasks
+from continual.stream import parse_tasks, stages_of
 from continual.tasks import open_tasks
 from relora.errors import ConfigError
 
@@ -80,3 +80,37 @@ def test_a_later_task_changes_nothing_of_the_earlier_ones(opened):
 def test_a_task_without_its_data_is_refused_by_name(opened, task, said):
     with pytest.raises(ConfigError, match=said):
         opened({"name": "a", "kind": "classification", "data": "digits", **task})
+
+
+@pytest.mark.parametrize(
+    ("retain", "said"),
+    [
+        ("moon.txt", "moon.txt is to be forgotten too"),
+        (None, "retain is missing"),
+        ([], "forget.retain"),
+        ("nowhere.txt", "nowhere.txt"),
+    ],
+)
+def test_a_request_to_forget_documents_says_what_is_kept(opened, tmp_path, retain, said):
+    (tmp_path / "moon.txt").write_text("moon and stars\n" * 200)
+    kept = str(tmp_path / retain) if isinstance(retain, str) else retain
+    with pytest.raises(ConfigError, match=said):
+        opened({"name": "forget", "kind": "forget", "data": str(tmp_path / "moon.txt"), "retain": kept})
+
+
+def test_a_task_that_teaches_a_forgotten_class_again_takes_the_request_back(opened):
+    def digits(name, kind, *classes):
+        return {"name": name, "kind": kind, "data": "digits", "classes": list(classes)}
+
+    values = [
+        digits("a", "classification", "0", "1", "2"),
+        digits("drop", "forget", "1"),
+        digits("b", "classification", "0", "1", "2"),
+        digits("again", "forget", "1"),
+    ]
+    found = opened(*values, scenario=Scenario.domain)
+    stages = stages_of(parse_tasks([{"steps": 2, **one} for one in values]), found.tasks, 8)
+    assert [stage.forgotten for stage in stages] == [(), (1,), (), (1,)]
+    assert [stage.seen for stage in stages] == [(0, 1, 2)] * 4
+    assert set(found.tasks[1].forget.batch(0, 40).labels.tolist()) == {1}
+    assert set(found.tasks[1].train.batch(0, 40).labels.tolist()) == {0, 2}

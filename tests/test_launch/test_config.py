@@ -18,7 +18,9 @@ NEEDED = {
     ("data", "text"): ["data.path=[some.txt]"],
     ("continual", "custom"): ["continual.split={data: digits, increment: 2, steps: 1}"],
     ("continual", "digits_split"): ["relora.warm_start_steps=0"],  # the first task is the warm start
+    ("continual", "digits_forget"): ["relora=none"],
     ("continual", "digits_split_warm"): ["relora.warm_start_steps=0"],
+    ("continual", "python_three_warm"): ["relora.warm_start_steps=0"],
 }
 FOLDERS = [path for path in CONF.iterdir() if path.is_dir() and path.name != "launcher"]  # test_submit.py has that
 OPTIONS = [(path.parent.name, path.stem) for folder in sorted(FOLDERS) for path in sorted(folder.glob("*.yaml"))]

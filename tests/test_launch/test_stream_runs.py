@@ -7,62 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from launch import exits, train
-from parallel.checkpoint import open_checkpoint
-
-TASKS = [
-    "{name: one, kind: classification, data: digits, classes: ['0', '1'], steps: 4, full_rank: true}",
-    "{name: two, kind: classification, data: digits, classes: ['2', '3'], steps: 4}",
-    "{name: three, kind: classification, data: digits, classes: ['4', '5'], steps: 4}",
-]
-BATCHES = [
-    "model=vit_digits",
-    "model.config.hidden_size=16",
-    "model.config.intermediate_size=16",
-    "model.config.num_hidden_layers=1",
-    "model.config.num_attention_heads=2",
-    "continual=custom",
-    "relora=none",
-    "lora.rank=4",
-    "lora.dense=[head]",
-    "training.global_batch_size=8",
-    "schedule.warmup_steps=1",
-    "schedule.restart_warmup_steps=0",
-    "evaluation.every=0",
-    "evaluation.sequences=16",
-]
-
-
-def words(folder, *more, tasks=TASKS, method="inflora"):
-    stream = [f"continual.tasks=[{', '.join(tasks)}]", f"continual.method={method}"]
-    return [*BATCHES, *stream, f"run.dir={folder}", *more]
-
-
-def steps_of(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(one["step"], one["task"], one["loss"], one["lr"]) for one in records if "event" not in one]
-
-
-def rows_of(folder):
-    return json.loads((folder / "summary.json").read_text())["matrix"]
-
-
-def same_end(one, other):
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from launch import exits, export, train
+from tests.stream_runs import TASKS, event_of, rows_of, runs_by_method, same_end, steps_of, words
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    done = {}
-
-    def run(method):
-        if method not in done:
-            done[method] = tmp_path_factory.mktemp("streams") / method
-            assert train.main(words(done[method], method=method)) == exits.DONE
-        return done[method]
-
-    return run
+    return runs_by_method(tmp_path_factory.mktemp("streams"))
 
 
 def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_boundary(undisturbed):
@@ -81,7 +32,30 @@ def test_a_stream_measures_each_task_after_each_and_keeps_a_model_of_every_bound
     assert model(pixel_values=torch.zeros(1, 1, 8, 8)).logits.shape == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["sequential", "replay", "inflora"])
+def test_a_task_has_its_own_rate_and_joint_training_keeps_the_warm_start_apart(tmp_path):
+    folder, tasks = tmp_path / "run", [TASKS[0].replace("steps: 4", "steps: 4, lr: 0.5"), *TASKS[1:]]
+    line = words(
+        folder, "schedule=constant", "schedule.warmup_steps=0", "optimizer.lr=0.25", tasks=tasks, method="joint"
+    )
+    assert train.main([word for word in line if word != "schedule.warmup_steps=1"]) == exits.DONE
+    assert [(task, lr) for _, task, _, lr in steps_of(folder)] == [("one", 0.5)] * 4 + [("joint", 0.25)] * 8
+
+
+def test_a_stream_without_a_warm_start_is_measured_against_where_it_began(tmp_path):
+    folder = tmp_path / "run"
+    assert train.main(words(folder, tasks=[TASKS[0].replace(", full_rank: true", ""), TASKS[1]])) == exits.DONE
+    spectra = [json.loads(line) for line in (folder / "spectra.jsonl").read_text().splitlines()]
+    assert [max(one["numerical_rank"] for one in spectra if one["restart"] == merges) for merges in (1, 2)] == [4, 8]
+
+
+def test_a_model_per_task_keeps_its_score(tmp_path):
+    assert train.main(words(tmp_path / "run", method="per_task")) == exits.DONE
+    rows = rows_of(tmp_path / "run")
+    assert rows[1][0] == rows[2][0] == rows[0][0]
+    assert rows[2][1] == rows[1][1]
+
+
+@pytest.mark.parametrize("method", ["sequential", "replay", "ewc", "inflora", "i_lora", "o_lora", "gs_lora"])
 def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_one(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
     for stop in (3, 6, 8):
@@ -92,12 +66,37 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
-def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path):
+def _losing(run):
+    """A fold that loses the update."""
+    for layer in run.conversion.low_rank.values():
+        run.engine.store.write(layer.up, torch.zeros(run.engine.store.shape(layer.up)))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 1e-5), ("bf16", 0.02)])
+def test_a_fold_leaves_the_outputs_as_they_are_and_tells_when_it_does_not(
+    tmp_path, monkeypatch, capsys, dtype, rounding
+):
+    def difference(folder):
+        line = words(folder, f"training.dtype={dtype}", "optimizer.lr=3e-2", tasks=TASKS[:2])
+        assert train.main(line) == exits.DONE
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [one["report"] for one in events if one.get("event") == "stage"][-1]["fold_difference"]
+
+    assert difference(tmp_path / "sound") < rounding
+    assert "do not trust" not in capsys.readouterr().out
+    monkeypatch.setattr("launch.stages.fold", _losing)
+    monkeypatch.setattr("launch.fold_check.ALLOWED", {torch.float32: 1e-3, torch.bfloat16: 0.03})
+    assert difference(tmp_path / "broken") > 0.03
+    assert "do not trust this task's model" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("method", ["sequential", "ewc", "i_lora"])
+def test_a_task_appended_later_continues_as_if_it_had_always_been_there(undisturbed, tmp_path, method):
     folder = tmp_path / "run"
-    assert train.main(words(folder, tasks=TASKS[:2], method="sequential")) == exits.DONE
-    assert train.main(words(folder, method="sequential")) == exits.DONE
-    assert steps_of(folder) == steps_of(undisturbed("sequential"))
-    assert same_end(folder, undisturbed("sequential"))
+    assert train.main(words(folder, tasks=TASKS[:2], method=method)) == exits.DONE
+    assert train.main(words(folder, method=method)) == exits.DONE
+    assert steps_of(folder) == steps_of(undisturbed(method))
+    assert same_end(folder, undisturbed(method))
 
 
 def test_going_back_to_a_task_trains_it_again_to_the_same_end_and_keeps_what_was_there(undisturbed, tmp_path):
@@ -137,12 +136,17 @@ def test_a_task_that_has_begun_cannot_change(tmp_path, capsys, tasks, said):
         (TASKS, ["training.steps=5"], "training.steps=5 has no effect on a stream"),
         (TASKS, ["continual.replay.ratio=2.0"], "continual.replay.ratio has no effect"),
         (TASKS, ["continual.method=inflra"], "continual.method must be one of"),
+        (TASKS, ["continual.method=joint", "continual.logits=task"], "continual.logits=task has no effect with"),
+        (TASKS, ["continual.ewc.strength=2.0"], "continual.ewc.strength has no effect with continual.method=inflora"),
+        (TASKS, ["continual.method=ewc", "relora=relora"], "continual.method=ewc remembers factors"),
         (TASKS, ["training.stop_after=12"], "has no effect on a stream of 12 steps"),
         (TASKS, ["lte=heads", "lte.reset=factors"], "lte.reset=factors draws `down` at random"),
         (TASKS, ["lte=heads", "lte.exchange=shared"], "lte.exchange=shared draws `down` at random"),
         (TASKS, ["lte=heads", "continual.method=per_task"], "choose lte=none, or one of sequential"),
         (TASKS, ["lte=heads"], "a stream needs heads with processes of their own"),
         (TASKS, ["lora=none"], "continual.method=inflora works on low-rank factors"),
+        (TASKS, ["continual.method=i_lora", "relora=relora"], "i_lora remembers factors, which restarts draw anew"),
+        (TASKS, ["continual.method=i_lora", "continual.replay.ratio=0.3"], "continual.replay.ratio=0.3 makes 2.4"),
     ],
 )
 def test_a_stream_that_cannot_be_trained_is_refused_by_name_before_anything_is_written(
@@ -159,68 +163,18 @@ def test_a_stream_that_cannot_be_trained_is_refused_by_name_before_anything_is_w
     assert not folder.exists()
 
 
-def _train(_, overrides):
-    return train.main(overrides)
-
-
-def protected(folder):
-    """By distinct input, the projection on what InfLoRA protects at the end of the run."""
-    (last,) = (folder / "checkpoints").glob("step_00000012")
-    checkpoint = open_checkpoint(last)
-    names = [name for name in checkpoint.names("method") if name.startswith("whole/basis.")]
-    return {name: (basis := checkpoint.whole("method", name)) @ basis.T for name in names}
-
-
-def assert_same_numbers(folder, other, method):
-    ours, theirs = steps_of(folder), steps_of(other)
-    assert [one[:2] for one in ours] == [one[:2] for one in theirs]
-    assert [one[2] for one in ours] == pytest.approx([one[2] for one in theirs], rel=1e-5)
-    assert rows_of(folder) == rows_of(other)
-    if method == "inflora":
-        bases, expected = protected(folder), protected(other)
-        assert bases.keys() == expected.keys() != set()
-        for name, projection in bases.items():
-            torch.testing.assert_close(projection, expected[name], atol=1e-5, rtol=0)
-
-
-LAYOUTS = [
-    ("inflora", 2, ["parallel=zero2"]),
-    ("replay", 2, ["parallel=zero3"]),
-    ("inflora", 4, ["parallel=zero3", "parallel.tensor=2"]),
-]
-
-
-@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS)
-def test_several_processes_give_the_matrix_and_the_losses_of_one(
-    on_processes, undisturbed, tmp_path, method, size, layout
-):
-    folder = tmp_path / "run"
-    assert on_processes(_train, size, words(folder, *layout, method=method)) == [exits.DONE] * size
-    assert_same_numbers(folder, undisturbed(method), method)
-
-
-@pytest.mark.parametrize(("method", "size", "layout"), LAYOUTS[1:])
-def test_a_run_stopped_in_the_second_task_goes_on_elsewhere(on_processes, undisturbed, tmp_path, method, size, layout):
-    folder = tmp_path / "run"
-    assert train.main(words(folder, "training.stop_after=6", method=method)) == exits.PREEMPTED
-    there = words(folder, *layout, "training.stop_after=10", method=method)
-    assert on_processes(_train, size, there) == [exits.PREEMPTED] * size
-    assert train.main(words(folder, method=method)) == exits.DONE
-    assert_same_numbers(folder, undisturbed(method), method)
-
-
-@pytest.mark.parametrize("method", ["replay", "inflora"])
-def test_heads_that_train_tasks_apart_sync_at_their_ends_and_resume_exactly(on_processes, tmp_path, method):
-    whole, halted = tmp_path / "whole", tmp_path / "halted"
-    heads = ["lte=heads", "lte.heads=2", "lte.sync_every=3", "lte.outer=nesterov", "lte.outer_lr=0.7"]
-    heads += ["lte.outer_momentum=0.5", "checkpoint.every=3"]
-    assert on_processes(_train, 2, words(whole, *heads, method=method)) == [exits.DONE] * 2
-    stopped = words(halted, *heads, "training.stop_after=6", method=method)
-    assert on_processes(_train, 2, stopped) == [exits.PREEMPTED] * 2
-    assert on_processes(_train, 2, words(halted, *heads, method=method)) == [exits.DONE] * 2
-    assert steps_of(halted) == steps_of(whole)
-    assert same_end(halted, whole)
-    before, after = (load_file(whole / "tasks" / name / "model.safetensors") for name in ("02_two", "03_three"))
-    name = next(name for name in before if name.endswith("query.weight") or name.endswith("q_proj.weight"))
-    rank = int(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3))
-    assert rank <= 4 if method == "inflora" else rank > 4  # one `down` for all heads, or one for each
+def test_the_matrix_and_the_written_models_are_those_of_the_chosen_adapter(undisturbed, tmp_path):
+    long_term, working = undisturbed("i_lora"), tmp_path / "working"
+    assert train.main(words(working, "continual.i_lora.evaluate=working", method="i_lora")) == exits.DONE
+    assert steps_of(working) == steps_of(long_term)
+    written = {}
+    for folder in (long_term, working):
+        assert abs(event_of(folder, "final")["merge_difference"]) < 1e-5
+        assert export.main([f"run.dir={folder}", f"export.out={tmp_path / folder.name / 'export'}"]) == exits.DONE
+        files = [folder / "final", folder / "tasks" / "03_three", tmp_path / folder.name / "export"]
+        written[folder], *others = (load_file(one / "model.safetensors") for one in files)
+        for other in others:
+            assert all(torch.equal(other[name], value) for name, value in written[folder].items())
+    differing = {name for name in written[working] if not torch.equal(written[working][name], written[long_term][name])}
+    trained = tuple(f"{one}.weight" for one in ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "classifier"))
+    assert differing == {name for name in written[working] if name.endswith(trained)}

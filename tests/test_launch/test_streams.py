@@ -69,6 +69,9 @@ def test_joint_training_learns_all_and_an_audited_stage_nothing():
     second.audit = {"request": "b", "new": 1, "by_class": {"3": 0.5}, "forgotten_before": 0.9}
     stream = stream_of([before, first, second])
     assert stream.matrix.learned == [0, None]
+    second.audit["unlearned"] = ["a"]
+    assert stream_of([before, first, second]).matrix.learned == [None, None]
+    assert stream.summary()["audits"] == {"b": second.audit}
     columns, rows = audit_table(stream)
     assert columns == ["stage", "Acc_f before", "new"]
     assert rows == [["b", 0.9, 1]]

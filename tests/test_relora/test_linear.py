@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import relora.linear
 from relora.initialize import key_of
-from relora.linear import BasePart, LowRankLinear
+from relora.linear import BasePart, LowRankLinear, standing_in
 from relora.precision import MergePrecision, join
 
 IN, OUT, RANK = 7, 5, 3
@@ -238,3 +238,23 @@ def test_splitting_the_base_loses_nothing_and_survives_a_cast_and_a_state_dict(k
     state = layer.state_dict()
     restored = join(state["weight"], state["extra_bits"])
     assert torch.equal(restored.t() if layer.transposed else restored, exact)
+
+
+def test_stand_ins_take_the_factors_place_in_the_forward_pass_only_and_leave_even_after_an_error() -> None:
+    layer, other, x = _wrapped("linear"), _wrapped("linear"), torch.randn(3, IN)
+    nn.init.normal_(other.up)
+    nn.init.normal_(other.down)
+    before, outputs = layer(x), []
+
+    def fail() -> None:
+        with standing_in({layer: (other.down, other.up)}):
+            outputs.append(layer(x))
+            assert layer.delta_norm() != other.delta_norm()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(outputs[0], other(x))
+    assert not torch.equal(outputs[0], before)
+    assert torch.equal(layer(x), before)
+    assert layer.state_dict().keys() == other.state_dict().keys()
