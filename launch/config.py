@@ -29,6 +29,7 @@ from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig, check_schedule
@@ -158,6 +159,8 @@ class RunConfig:
     """Ask torch for deterministic GPU kernels; a CPU run is bitwise repeatable without."""
     log_every: int = 1
     """Steps between records in metrics.jsonl."""
+    profile_steps: int = 0
+    """Steps that torch's profiler watches, from a process's fourth on; profile/ has a trace and a table. 0: none."""
     save_start: bool = True
     """Write start/, the model that low-rank training began from; spectra and `export` of an SVD adapter read it."""
     save_final: bool = True
@@ -166,6 +169,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ConfigError(f"run.log_every must be at least 1, got {self.log_every}")
+        if self.profile_steps < 0:
+            raise ConfigError(f"run.profile_steps must not be negative, got {self.profile_steps}")
         if not self.name or "/" in self.name:
             raise ConfigError(f"run.name must be a plain name without '/', got {self.name!r}: use run.dir for a path")
 
@@ -290,6 +295,11 @@ def check(config: TrainConfig) -> None:
                 f"{name}.merge_precision={precision} has no effect with training.dtype=fp32, where merges are exact: "
                 "leave it at split, or set training.dtype=bf16"
             )
+    if config.lora is not None and config.lora.forward is ForwardPath.merged and config.parallel.zero_stage == 3:
+        raise ConfigError(
+            "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
+            "avoid: choose addmm, or a lower stage"
+        )
     if config.lte is not None:
         check_lte(config, config.lte)
     if config.continual is None:
@@ -307,6 +317,11 @@ def _check_length(config: TrainConfig, steps: int) -> None:
     if stop is not None and stop >= steps:
         raise ConfigError(
             f"training.stop_after={stop} has no effect on a run of {steps} steps: leave it out or lower it"
+        )
+    if config.run.profile_steps and config.run.profile_steps + 3 > steps:
+        raise ConfigError(
+            f"run.profile_steps={config.run.profile_steps} begins after three steps and does not fit a run of {steps}: "
+            "lower it, or raise training.steps"
         )
     if steps > 0:
         check_schedule(config.schedule, total_steps=steps, restarts=config.restarts)
@@ -350,13 +365,16 @@ def load_stored(run_dir: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return to_typed(tree)
 
 
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of `conf/` and the overrides, before types are checked."""
+def composed(overrides: Sequence[str], root: str = "train") -> DictConfig:
+    """What Hydra makes of conf/<root>.yaml and the overrides, before types are checked."""
+    for word in overrides if root == "train" else ():
+        if re.match(r"[+~]*launcher[.=]", word):
+            raise ConfigError(f"{word} belongs to `accrete submit`, which starts runs: leave it out, or use that")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return compose(config_name="train", overrides=list(overrides))
+            return compose(config_name=root, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explained(error, overrides)) from error
+        raise ConfigError(_explained(error, overrides, root)) from error
 
 
 def to_typed(tree: DictConfig) -> TrainConfig:
@@ -375,6 +393,12 @@ def to_typed(tree: DictConfig) -> TrainConfig:
     except (AttributeError, TypeError) as error:
         raise ConfigError(f"configuration: {error}") from error
     assert isinstance(config, TrainConfig)
+    try:
+        resolved(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{error.full_key} must not hold '${{', since config.yaml could not be read back: choose another value"
+        ) from error
     check(config)
     return config
 
@@ -393,7 +417,7 @@ def keys_of(tree: Any, prefix: str = "") -> list[str]:
     return [name for key, value in tree.items() for name in keys_of(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _explained(error: Exception, overrides: Sequence[str]) -> str:
+def _explained(error: Exception, overrides: Sequence[str], root: str) -> str:
     """Hydra's error in one line, with the nearest existing key or option."""
     text = " ".join(str(error).split())
     match = re.search(r"Could not override '([^']+)'", text) or re.search(r"merging override (\S+?)=", text)
@@ -402,7 +426,7 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         section = key.split(".")[0]
         if f"{section}=none" in overrides:
             return f"{key} has no effect: {section}=none turns it off. Drop one of the two"
-        known = keys_of(OmegaConf.to_container(composed(_options_of(overrides))))
+        known = keys_of(OmegaConf.to_container(composed(_options_of(overrides), root)))
         near = difflib.get_close_matches(key, known, n=1)
         hint = (
             f"did you mean {near[0]}?"
@@ -411,7 +435,7 @@ def _explained(error: Exception, overrides: Sequence[str]) -> str:
         )
         if key in known:
             return f"{key}: {text}"
-        if having := _options_with(section, key):
+        if having := _options_with(section, key, root):
             return f"{key} has no effect as it is: choose one of {', '.join(f'{section}={name}' for name in having)}"
         return f"unknown key {key}: {hint}"
     match = re.search(r"Could not find '([^/']+)/([^']+)'", text)
@@ -428,10 +452,10 @@ def _options_of(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
 
 
-def _options_with(group: str, key: str) -> list[str]:
+def _options_with(group: str, key: str, root: str) -> list[str]:
     """The options of a group that have a key."""
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return [name for name in names if key in keys_of(OmegaConf.to_container(composed([f"{group}={name}"])))]
+    return [name for name in names if key in keys_of(OmegaConf.to_container(composed([f"{group}={name}"], root)))]
 
 
 def _typed_message(error: OmegaConfBaseException, tree: DictConfig) -> str:

@@ -164,7 +164,7 @@ def cost(
         microbatch=skeleton.microbatch,
         in_merge=merge_bytes(held, config.merge_precision, config.training.dtype) if merges else 0,
         building=sum(one.entries for one in whole.held) * FP32,
-        step_flops=microbatches * (skeleton.microbatch.forward_flops + skeleton.microbatch.backward_flops),
+        step_flops=skeleton.microbatch.update_flops(microbatches),
         restart_flops=merge_flops(held, layout.data if layout.zero_stage == 3 else 1) if merges else 0,
         data_step=step_traffic(held, parallel, settings, data=layout.data, microbatches=microbatches),
         data_restart={"summed": factor_bytes(held)} if merges and masters_apart else {},

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+from launch.attempt import Outcome, note
 from parallel.files import is_disk_error
 from parallel.launchers import rank_in
 from parallel.watchdog import Failure
@@ -28,12 +29,18 @@ def run(command: Callable[[], int]) -> int:
         return command()
     except Exception as error:
         failure = explain(error)
+        tell(None, failure)
         if failure.traceback:
             raise
         _wait_for_turn(failure.code)
         sys.stdout.flush()
         print(f"error: {failure.message}", file=sys.stderr)
         return failure.code
+
+
+def tell(host: str | None, failure: Failure) -> None:
+    """Let the supervisor know of a failure, and of the machine where it was seen to happen."""
+    note(Outcome(code=failure.code, reason=failure.message, host=host if failure.observed else None))
 
 
 def explain(error: BaseException) -> Failure:

@@ -5,6 +5,7 @@ weight gradient, and an activation that is computed twice counts twice. A multip
 counts in full, causal or not; what is no matrix product does not count.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def count_step_flops(run_microbatch: Callable[[], None]) -> int:
 
     What runs inside a graph of torch.compile is not seen: count before compiling.
     """
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_FURTHER) as counter:
         run_microbatch()
     return int(counter.get_total_flops())
 
@@ -106,7 +107,8 @@ def _measured_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-# FlopCounterMode knows the fused attention of GPUs only. Query (B, heads, T, d), key, value (B, group, S, d).
+# FlopCounterMode knows no products in place, and the fused attention of GPUs only.
+# Query (B, heads, T, d), key, value (B, group, S, d).
 # The backward pass forms the scores anew, so it has five products where the forward pass has two.
 
 
@@ -122,11 +124,17 @@ def _attention_backward(
     return int(2 * batch * heads * queries * key[2] * (3 * head_size + 2 * value[3]))
 
 
-_CPU_ATTENTION = {
+def _added_product(total: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * math.prod(left) * right[-1])
+
+
+_FURTHER = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten.addmm_: _added_product,
+    _aten.baddbmm_: _added_product,
 }
 _BY_OPERATION: dict[Any, Callable[..., Any]] = {
     **flop_registry,
-    **{operation: shape_wrapper(count) for operation, count in _CPU_ATTENTION.items()},
+    **{operation: shape_wrapper(count) for operation, count in _FURTHER.items()},
 }

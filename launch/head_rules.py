@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from relora.errors import ConfigError
 from relora.lte import DenseSync, Exchange, LteConfig, SyncReset
+from relora.paths import ForwardPath
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
@@ -46,6 +47,12 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
     Raises:
         ConfigError: something that is for heads with processes of their own.
     """
+    if config.lora is not None and config.lora.forward in (ForwardPath.merged, ForwardPath.auto):
+        raise ConfigError(
+            f"lora.forward={config.lora.forward.value} needs heads with processes of their own, since heads that share "
+            f"a base weight cannot merge into it, and here each process holds {hosted} of lte.heads={config.heads}: "
+            "choose addmm"
+        )
     if config.continual is not None:
         raise ConfigError(
             f"a stream needs heads with processes of their own, and here each process holds {hosted} of "

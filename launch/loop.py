@@ -23,6 +23,7 @@ from launch.watch import Stopwatch
 from parallel.collectives import sum_over
 from parallel.engine import StepResult
 from parallel.hosted import HostedEngine
+from relora.merged import formed_weights
 
 
 def train(run: Run) -> bool:
@@ -87,7 +88,8 @@ def update(run: Run, clock: Stopwatch) -> None:
     size = config.job_batch
     lr = run.trainee.lr = learning_rate(config, stage, state.step)
     terms = [run.among(term) for term in run.method.terms(run.trainee, stage, run.next_batch())]
-    parts = torch.stack([_accumulated(run, term, number == 0) for number, term in enumerate(terms)])
+    with formed_weights(run.model, seed=config.run.seed, step=state.step):
+        parts = torch.stack([_accumulated(run, term, number == 0) for number, term in enumerate(terms)])
     run.method.after_backward(run.trainee, stage)
     by_term = _agree(run, parts)
     losses = [sum(column) for column in zip(*by_term, strict=True)]
@@ -114,6 +116,8 @@ def update(run: Run, clock: Stopwatch) -> None:
     )
     for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
         _record(run, head, one, loss, result)
+    if run.stepped is not None:
+        run.stepped()
 
 
 def _accumulated(run: Run, term: Term, learned: bool) -> torch.Tensor:

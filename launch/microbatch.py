@@ -19,6 +19,7 @@ from launch.flops import operation_flops
 from launch.model import model_class
 from launch.objective import summed_loss
 from parallel.pretence import counted_collectives
+from relora.merged import formed_weights
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -26,7 +27,7 @@ class Microbatch:
     """One forward and backward in one process."""
 
     saved: int
-    """Bytes that the forward pass leaves for the backward pass, without the logits."""
+    """Bytes that the forward pass leaves for the backward pass, without the logits; with the formed weights."""
     at_loss: int
     """Most bytes until the gradient of the logits is there, `saved` among them."""
     in_backward: int
@@ -34,10 +35,16 @@ class Microbatch:
     forward_flops: int
     backward_flops: int
     """Recomputation included."""
+    forming_flops: int = 0
+    """Of merged layers' weights, which all microbatches of an update share."""
     all_reduced: int = 0
     """Bytes that are summed over the tensor axis."""
     gathered: int = 0
     """Bytes of this process that all of the tensor axis get."""
+
+    def update_flops(self, microbatches: int) -> int:
+        """FLOPs of an update of so many microbatches."""
+        return microbatches * (self.forward_flops + self.backward_flops) + self.forming_flops
 
     def deeper(self, other: "Microbatch", blocks: int) -> "Microbatch":
         """With `blocks` further blocks, of which `other` has one."""
@@ -89,7 +96,8 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
     batch = _example(model, sequences, length, packed).to(device)
     marks: dict[str, int] = {}
     here = [*model.parameters(), *model.buffers(), *batch.inputs.values()]
-    with counted_collectives() as tally, Ledger(here) as ledger:
+    with counted_collectives() as tally, Ledger(here) as ledger, formed_weights(model, seed=0, step=0):
+        forming_flops = ledger.flops
 
         def turn(gradient: Tensor) -> None:
             marks["at_loss"], ledger.peak = ledger.peak, ledger.now
@@ -101,7 +109,7 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
             return output
 
         loss = summed_loss(model, batch, device, run)
-        forward_flops = ledger.flops
+        forward_flops = ledger.flops - forming_flops
         torch.autograd.backward(loss)
     for hook in removed:
         hook.remove()
@@ -110,7 +118,8 @@ def run_microbatch(model: nn.Module, *, sequences: int, length: int, packed: boo
         at_loss=marks["at_loss"],
         in_backward=ledger.peak,
         forward_flops=forward_flops,
-        backward_flops=ledger.flops - forward_flops,
+        backward_flops=ledger.flops - forward_flops - forming_flops,
+        forming_flops=forming_flops,
         all_reduced=tally.all_reduced,
         gathered=tally.gathered,
     )

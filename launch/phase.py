@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from continual.methods.registry import METHODS
 from launch.config import TrainConfig
 from launch.model import build_model, drawn_outputs
+from launch.paths import take_paths
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
 from parallel.regions import Region
@@ -108,9 +109,13 @@ def _converted(model: nn.Module, config: TrainConfig, lora: LoraConfig, head: in
     return conversion
 
 
-def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
-    """Keep this process's part of a phase's model, in the precision that is trained, and put an engine over it."""
-    regions = _made_ready(phase, config, runtime)
+def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict[str, str] | None = None) -> Engine:
+    """Keep this process's part of a phase's model, in the precision that is trained, and put an engine over it.
+
+    Args:
+        paths: what the run's layers have taken so far, to be kept and completed (launch/paths.py).
+    """
+    regions = _made_ready(phase, config, runtime, {} if paths is None else paths)
     return Engine(
         phase.model,
         parameter_groups(phase.model, config.optimizer),
@@ -124,16 +129,18 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine:
     )
 
 
-def make_engine_of_heads(phase: Phase, config: TrainConfig, runtime: Runtime) -> Engine | HostedEngine:
+def make_engine_of_heads(
+    phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict[str, str]
+) -> Engine | HostedEngine:
     """The same, but the model of several heads is stacked first.
 
     Raises:
         ConfigError: the model cannot be stacked.
     """
     if len(phase.heads) == 1:
-        return make_engine(phase, config, runtime)
+        return make_engine(phase, config, runtime, paths)
     host_heads(phase.model, phase.heads, seed=config.run.seed)
-    _made_ready(phase, config, runtime)
+    _made_ready(phase, config, runtime, paths)
     return HostedEngine(
         phase.model,
         parameter_groups(phase.model, config.optimizer),
@@ -144,11 +151,12 @@ def make_engine_of_heads(phase: Phase, config: TrainConfig, runtime: Runtime) ->
     )
 
 
-def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime) -> Mapping[str, Region]:
+def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict[str, str]) -> Mapping[str, Region]:
     """Keep this process's part of the model, in the precision that is trained; returns what was cut."""
     model = phase.model
     regions = split_model(model, runtime.tensor, config.parallel.tensor_plan)
     prepare_base_(model, config.torch_dtype, config.merge_precision)
+    paths.update(take_paths(model, config, runtime, paths))
     if config.parallel.zero_stage < 3:  # which moves and partitions one parameter at a time
         model.to(runtime.device)
     if config.training.activation_checkpointing:

@@ -24,6 +24,7 @@ from launch.skeleton import Skeletons
 from launch.usage import asks_for_help, field_docs
 from parallel.link_model import Link
 from relora.errors import ConfigError
+from relora.paths import ForwardPath
 
 _Number = TypeVar("_Number", int, float)
 _UNITS = {"gpu_memory": "GiB", "link_bandwidth": "Gbit/s", "gpu_flops": "TFLOP/s", "step_seconds": "s"}
@@ -112,6 +113,8 @@ def _command(words: Sequence[str]) -> int:
     phases = outlooks(config, skeletons, own.processes or config.heads * config.parallel.tensor)
     console = make_console(enabled=True)
     show(console, config, phases, own.gpu_memory)
+    if config.lora is not None and config.lora.forward is ForwardPath.auto:
+        console.info("lora.forward=auto measures when a run starts; it is planned as addmm")
     told = figures(phases)
     if config.lte is not None:
         links = study(

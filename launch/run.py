@@ -1,6 +1,6 @@
 """One run in memory: everything that the loop works on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from continual.method import Method, Stage, TaskKind, Term, Trainee
 from launch.config import TrainConfig
 from launch.course import Course
 from launch.guard import Guard
+from launch.paths import told
 from launch.run_folder import RunFolder
 from launch.signals import StopRequest
 from launch.spectra import Spectra
@@ -66,6 +67,8 @@ class Run:
     """The states of the further heads that this process hosts; `state` is the first one's."""
     trainee: Trainee = field(init=False)
     """The model as the method sees it."""
+    stepped: Callable[[], None] | None = None
+    """Told of each finished update; the profiler's."""
     diverged: dict[int, str] = field(default_factory=dict)
     """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 
@@ -141,3 +144,5 @@ def show_model(run: Run) -> None:
     lines = [astuple(row) for row in run.conversion.rows()]
     run.watch.console.table("model", ("kind", "modules", "parameters", "trainable", "state"), lines)
     run.watch.say(f"low rank: {trainable:,} parameters train, for a model of {run.conversion.total:,}, {where}")
+    if run.state.paths:
+        run.watch.say(told(run.state.paths))

@@ -37,6 +37,7 @@ _FREE = (
     "run.name",
     "run.log_every",
     "run.save_",
+    "run.profile_steps",
     "lte.meeting",
     "lte.quorum",
     "lte.wait_seconds",
@@ -46,6 +47,7 @@ _FREE = (
     "training.threads",
     "training.activation_checkpointing",
     "training.compile",
+    "lora.forward",
     "data.cache",
     "data.workers",
 )

@@ -23,7 +23,9 @@ from parallel.pretence import imagined_axis
 from parallel.tensor import split_model
 from relora.convert import Conversion, ConversionRow, low_rank_modules, planned_layers, prepare_base_
 from relora.errors import ConfigError
+from relora.linear import LowRankLinear
 from relora.optimizer import parameter_groups
+from relora.paths import ForwardPath
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -153,10 +155,15 @@ def _held(model: nn.Module, config: TrainConfig, tensor: int) -> list[Held]:
                 extra_bits=layer is not None and layer.extra_bits is not None,
                 adapter_rank=0 if layer is None else layer.adapter_rank,
                 whole=whole,
-                pinned=layer.transposed if layer is not None else role is Role.factor and whole and tensor > 1,
+                pinned=_keeps_a_view(layer) if layer is not None else role is Role.factor and whole and tensor > 1,
             )
         )
     return held
+
+
+def _keeps_a_view(layer: LowRankLinear) -> bool:
+    """Whether a view of its weight stays from forward to backward, and ZeRO-3 cannot free what lies behind it."""
+    return layer.transposed and layer.path == ForwardPath.factored
 
 
 def _repeated(one: list[Held], two: list[Held], further: int) -> list[Held]:
@@ -201,5 +208,4 @@ def step_flops(config: TrainConfig, hf_config: PretrainedConfig, step: int, say:
     except ConfigError as error:
         say(f"no FLOPs are reported: {error}")
         return 0
-    microbatch = skeleton.microbatch
-    return (config.job_batch // sequences) * (microbatch.forward_flops + microbatch.backward_flops)
+    return skeleton.microbatch.update_flops(config.job_batch // sequences)

@@ -29,6 +29,8 @@ class RunState:
     """Of this head among elastic ones."""
     era: int = 0
     """How often a run of elastic heads had gone back to a checkpoint."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """What lora.forward=auto has taken, by low-rank layer."""
     begun: int = 0
     """Stages of a stream that have begun."""
     rows: list[dict[str, Any]] = field(default_factory=list)

@@ -15,6 +15,7 @@ import torch
 
 from continual.config import ContinualConfig
 from launch import exits
+from launch.attempt import Outcome, StopFile, keep_own_log, note
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.console import Console, make_console
 from launch.course import Course, make_method, model_of_course, open_course
@@ -28,6 +29,7 @@ from launch.model import model_class, save_model
 from launch.pace import cycles
 from launch.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.prepare import following, show_data
+from launch.profiling import profiled
 from launch.report import report
 from launch.resuming import check_course
 from launch.run import Run, measure_update, show_model
@@ -47,7 +49,7 @@ from launch.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads
-from parallel.launchers import own_words
+from parallel.launchers import own_words, rank_in
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asks_for_help(overrides):
         print(train_help())
         return exits.DONE
+    keep_own_log(os.environ, rank_in(os.environ))
     return exits.run(lambda: run_command(load(overrides)))
 
 
@@ -77,8 +80,8 @@ def run_command(config: TrainConfig) -> int:
     limits = config.parallel
     with (
         start(tensor=limits.tensor, heads=config.heads, timeout_seconds=limits.timeout_seconds) as runtime,
-        watched(runtime, explain=exits.explain, silence_seconds=limits.silence_seconds),
-        listening() as stop,
+        watched(runtime, explain=exits.explain, tell=exits.tell, silence_seconds=limits.silence_seconds),
+        listening(StopFile(os.environ) if runtime.is_main else None) as stop,
     ):
         _check_processes(config, runtime)
         path = Path(on_main(runtime, lambda: str(default_folder(config))))
@@ -90,7 +93,7 @@ def run_command(config: TrainConfig) -> int:
             if folder.finished:
                 console.info(f"{path} is done already: its results are in summary.json and final/")
                 console.info("status: done")
-                return exits.DONE
+                return _noted(exits.DONE, runtime)
             return execute(prepare(config, folder, runtime, console, stop))
 
 
@@ -127,7 +130,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         method=make_method(config),
         stage=course.stage(max(0, state.step - 1)),
         hf_config=hf_config,
-        engine=make_engine_of_heads(phase, config, runtime),
+        engine=make_engine_of_heads(phase, config, runtime, state.paths),
         conversion=phase.conversion,
         outputs=phase.outputs,
         targets=phase.targets,
@@ -193,7 +196,7 @@ def execute(run: Run) -> int:
     if state.step == 0:
         evaluate(run)
     try:
-        with watch.console.progress(run.course.total_steps, state.step) as watch.progress:
+        with watch.console.progress(run.course.total_steps, state.step) as watch.progress, profiled(run):
             complete = train(run)
     except TrainingDiverged:
         run.saver.wait()
@@ -207,7 +210,8 @@ def execute(run: Run) -> int:
         watch.say(f"stopped by {reason} after step {state.step}; the same command continues the run")
         watch.say("status: stopped")
         watch.tracker.finish(exits.PREEMPTED)
-        return exits.PREEMPTED
+        again = bool(run.stop) or run.stop.agreed
+        return _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
     summary = finish(run)
     _summarize(run, summary)
     watch.tracker.summary(summary)
@@ -220,7 +224,14 @@ def execute(run: Run) -> int:
         f"{summary['restarts']} restarts; everything is in {run.folder.path}"
     )
     watch.say("status: done")
-    return exits.DONE
+    return _noted(exits.DONE, run.runtime)
+
+
+def _noted(code: int, runtime: Runtime, *, reason: str = "", again: bool = True) -> int:
+    """The code, of which the supervisor hears, too."""
+    if runtime.is_main:
+        note(Outcome(code=code, reason=reason, again=again))
+    return code
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def begin_low_rank(run: Run) -> None:
     )
     run.conversion = phase.conversion
     run.targets = phase.targets
-    run.engine = make_engine_of_heads(phase, run.config, run.runtime)
+    run.engine = make_engine_of_heads(phase, run.config, run.runtime, run.state.paths)
     begin_heads(run)
     load_checkpoint(run, checkpoint)
     run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)

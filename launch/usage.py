@@ -37,7 +37,7 @@ def asks_for_help(words: Sequence[str]) -> bool:
 def train_help() -> str:
     """The help of `train`: usage, groups with their options, and every key with its default and meaning."""
     parts = [_HEAD, "groups (group=option):"]
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "launcher"):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         parts.append(textwrap.fill(f"  {folder.name:<12}{options}", 110, subsequent_indent=" " * 14))
     parts.append("\nkeys (section.key=value), with the values of a run without arguments:")
@@ -45,11 +45,12 @@ def train_help() -> str:
     for section, hint in get_type_hints(TrainConfig).items():
         owner = next((entry for entry in (hint, *get_args(hint)) if is_dataclass(entry)), None)
         if owner is not None:
-            parts.append("\n".join(_keys(section, owner, values[section] or {})))
+            parts.append("\n".join(keys_help(section, owner, values[section] or {})))
     return "\n".join(parts)
 
 
-def _keys(section: str, owner: Any, values: dict[str, Any]) -> list[str]:
+def keys_help(section: str, owner: Any, values: dict[str, Any]) -> list[str]:
+    """A section's keys with their values and meanings, those of the classes that it builds on included."""
     meanings = field_docs(owner)
     lines = [f"\n{section}: {(owner.__doc__ or '').strip()}"]
     for entry in fields(owner):
@@ -68,7 +69,9 @@ def _written(value: Any) -> str:
 
 
 def field_docs(owner: type) -> dict[str, str]:
-    """The strings under a dataclass's fields, by field name."""
+    """The strings under a dataclass's fields, by field name, those of the classes that it builds on first."""
+    base = owner.__base__
+    inherited = field_docs(base) if base is not None and is_dataclass(base) else {}
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, str] = {}
@@ -76,4 +79,4 @@ def field_docs(owner: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
             found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+    return inherited | found

@@ -88,7 +88,7 @@ class ColumnLowRank(Split, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., in) -> (..., part of out)."""
         x, (down, up) = copied(x, self.axis), self.live()
-        return F.linear(x, self.matrix, self.bias) + self.update(x, copied(down, self.axis), up)
+        return self.output(x, copied(down, self.axis), up, self.bias)
 
 
 class RowLinear(Split, nn.Linear):
@@ -116,7 +116,7 @@ class RowLowRank(Split, LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (..., part of in) -> (..., out)."""
         down, up = self.live()
-        part = F.linear(x, self.matrix) + self.update(x, down, copied(up, self.axis))
+        part = self.output(x, down, copied(up, self.axis), None)
         return _with_bias(summed(part, self.axis), self.bias)
 
 

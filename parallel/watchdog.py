@@ -64,11 +64,13 @@ def watched(
     runtime: Runtime,
     *,
     explain: Callable[[BaseException], Failure],
+    tell: Callable[[str, Failure], None] = lambda host, failure: None,
     silence_seconds: float = DEFAULT_SILENCE,
 ) -> AbstractContextManager[object]:
     """Watch over a run: an exception inside ends all processes, as the failure of any other process does.
 
-    `explain` puts an exception into words. A single process is not watched: its exceptions pass.
+    `explain` puts an exception into words; `tell` hears of the report, with the host that it is about. A single
+    process is not watched: its exceptions pass.
     Collectives: a broadcast and a gather at the start.
 
     Raises:
@@ -77,7 +79,8 @@ def watched(
     if runtime.world_size == 1:
         return nullcontext()
     hosts = gather_objects(runtime, socket.gethostname())
-    return Watchdog(runtime.process_rank, hosts, open_lines(runtime, seconds=silence_seconds), explain, silence_seconds)
+    lines = open_lines(runtime, seconds=silence_seconds)
+    return Watchdog(runtime.process_rank, hosts, lines, explain, tell, silence_seconds)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -85,6 +88,13 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
     )
+
+
+def _briefly(call: Callable[[], None]) -> None:
+    """Call what may never return: the main thread may hold the lock of stdout, a disk may be gone."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(1.0)
 
 
 class Watchdog:
@@ -96,9 +106,11 @@ class Watchdog:
         hosts: list[str],
         lines: dict[int, Line],
         explain: Callable[[BaseException], Failure],
+        tell: Callable[[str, Failure], None],
         silence: float,
     ) -> None:
         self._rank, self._hosts, self._lines, self._explain, self._silence = rank, hosts, lines, explain, silence
+        self._tell = tell
         self._beat = min(1.0, silence / 4)
         self._parent = os.getppid() if has_agent(os.environ) else None
         self._failures: dict[int, Failure] = {}
@@ -234,6 +246,7 @@ class Watchdog:
     def _end(self, process: int, failure: Failure, *, speak: bool = True) -> NoReturn:
         if speak:
             os.write(2, self._report(process, failure).encode())
+            _briefly(lambda: self._tell(self._hosts[process], failure))
         if self._rank == 0:
             for line in self._lines.values():
                 line.send(end=failure.code)
@@ -249,9 +262,7 @@ class Watchdog:
                     break
 
     def _leave(self, code: int) -> NoReturn:
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold its lock
-        flush.start()
-        flush.join(1.0)
+        _briefly(sys.stdout.flush)
         os._exit(code)
 
     def _report(self, process: int, failure: Failure) -> str:

@@ -19,6 +19,7 @@ from relora.errors import ConfigError
 from relora.initialize import draw_down
 from relora.kinds import ParameterKind, parameter_kinds
 from relora.linear import LowRankLinear
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision
 from relora.targets import ALL_LINEAR, check_ranks, check_targets, compiled, find_targets, named_by
 
@@ -28,13 +29,6 @@ class Scaling(str, Enum):
 
     standard = "standard"
     rslora = "rslora"
-
-
-class ForwardPath(str, Enum):
-    """How a low-rank layer computes; `auto` takes the factored path."""
-
-    auto = "auto"
-    factored = "factored"
 
 
 def _default_dense() -> list[ParameterKind]:
@@ -60,8 +54,8 @@ class LoraConfig:
     """standard: alpha / rank; rslora: alpha / sqrt(rank)."""
     dense: list[ParameterKind] = field(default_factory=_default_dense)
     """Kinds of parameters that train at full rank; the others are frozen."""
-    forward: ForwardPath = ForwardPath.auto
-    """Compute path of the low-rank layers."""
+    forward: ForwardPath = ForwardPath.addmm
+    """Compute path of the low-rank layers: factored, addmm, merged, or auto, which measures (docs/performance.md)."""
     init_from: str | None = None
     """Folder of a PEFT adapter to start from."""
 
@@ -73,6 +67,11 @@ class LoraConfig:
             raise ConfigError(f"lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        if self.dropout > 0 and self.forward == ForwardPath.merged:
+            raise ConfigError(
+                f"lora.dropout={self.dropout} cannot be with lora.forward=merged, whose one product has no input of "
+                "the factors to drop from: choose addmm, or lora.dropout=0"
+            )
         for pattern, rank in (self.rank_pattern or {}).items():
             compiled("lora.rank_pattern", pattern)
             if rank < 1:
@@ -171,6 +170,7 @@ def to_low_rank(
         drawn = draw_down(name, (rank, layer.in_features), seed=seed, head=head)
         layer.down.data.copy_(drawn)
         layer.down.requires_grad_(train_down)
+        layer.path = ForwardPath.addmm if config.forward == ForwardPath.auto else config.forward
         if merge_precision == MergePrecision.split and layer.weight.dtype == torch.bfloat16:
             layer.extra_bits = torch.zeros_like(layer.weight, dtype=torch.int16, requires_grad=False)
         parent, _, leaf = name.rpartition(".")

@@ -36,19 +36,18 @@ class HostedLinear(LowRankLinear):
     Shapes: down (heads, adapter_rank, in), up (heads, out, adapter_rank); W as it was.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output of all heads' rows."""
-        bias = self.bias
-        stacked = bias is not None and bias.ndim > 1
-        base = F.linear(x, self.matrix, None if stacked else bias)
-        of_heads = base.view(self.hosted, -1, self.out_features)
-        if stacked and bias is not None:
-            of_heads = of_heads + bias.unsqueeze(1)
-        rows = x.reshape(self.hosted, -1, self.in_features)
-        return (of_heads + self.update(rows, self.down, self.up)).view(base.shape)
+        if bias is None or bias.ndim == 1:
+            return super().output(x, down, up, bias)
+        y = super().output(x, down, up, None)
+        return (y.view(self.hosted, -1, self.out_features) + bias.unsqueeze(1)).view(y.shape)
 
-    def _apply_factors(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return torch.bmm(torch.bmm(x, down.transpose(1, 2)) * self.scaling, up.transpose(1, 2))
+    def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        base = F.linear(x, self.matrix, bias)
+        rows = dropped.reshape(self.hosted, -1, self.in_features)
+        update = torch.bmm(torch.bmm(rows, down.transpose(1, 2)) * self.scaling, up.transpose(1, 2))
+        return (base.view(self.hosted, -1, self.out_features) + update).view(base.shape)
 
     def _factors(self, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return factors of the heads' mean change."""

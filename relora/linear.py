@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora.initialize import draw_down
+from relora.paths import ForwardPath, addmm, factored, merged
 from relora.precision import MergePrecision, add_, join, split
 
 _BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of rows of about this size, so its temporaries stay small
@@ -49,6 +50,10 @@ class LowRankLinear(nn.Module):
     synced_up: Tensor | None
     hosted: int = 1
     """Heads of LTE whose factors it holds."""
+    path: ForwardPath = ForwardPath.factored
+    """How it computes; never `auto`."""
+    formed: Tensor | None = None
+    """W + scaling * up @ down while the passes of an update run (relora/merged.py). Shapes: (out, in)."""
     stand_in: tuple[Tensor, Tensor] | None = None
     """What takes the place of down and up in the forward pass."""
 
@@ -98,9 +103,8 @@ class LowRankLinear(nn.Module):
         return layer.train(module.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output by the factored path: the product `up @ down` is never formed."""
-        update = self.update(x, *self.live())
-        return F.linear(x, self.matrix, self.bias) + update
+        """Return the layer's output."""
+        return self.output(x, *self.live(), self.bias)
 
     def live(self) -> tuple[Tensor, Tensor]:
         """Return the down and up that the forward pass uses."""
@@ -111,16 +115,20 @@ class LowRankLinear(nn.Module):
         """Return a view of the base weight. Shapes: (out, in)."""
         return self.weight.t() if self.transposed else self.weight
 
-    def update(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return what the factors add to the output."""
+    def output(self, x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output by the layer's path, from the values of `down` and `up`."""
         down, up = self.change(down, up)
-        if self.training and self.dropout_probability:
-            x = F.dropout(x, self.dropout_probability)
-        return self._apply_factors(x, down, up)
+        if self.formed is not None and self.stand_in is None:
+            return merged(x, self.formed, bias, down, up, self.scaling)
+        drops = self.training and self.dropout_probability > 0
+        dropped = F.dropout(x, self.dropout_probability) if drops else None
+        if self.path != ForwardPath.factored:
+            weight, transposed = self.weight, self.transposed
+            return addmm(x, weight, bias, down, up, self.scaling, transposed=transposed, dropped=dropped)
+        return self._factored(x, x if dropped is None else dropped, down, up, bias)
 
-    def _apply_factors(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        # Scaling between the factors touches adapter_rank values a token instead of out_features.
-        return F.linear(F.linear(x, down) * self.scaling, up)
+    def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.matrix, bias) + factored(dropped, down, up, self.scaling)
 
     def change(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.

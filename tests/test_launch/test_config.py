@@ -22,7 +22,8 @@ NEEDED = {
     ("continual", "digits_split_warm"): ["relora.warm_start_steps=0"],
     ("continual", "python_three_warm"): ["relora.warm_start_steps=0"],
 }
-OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.rglob("*.yaml")) if path.parent != CONF]
+FOLDERS = [path for path in CONF.iterdir() if path.is_dir() and path.name != "launcher"]  # test_submit.py has that
+OPTIONS = [(path.parent.name, path.stem) for folder in sorted(FOLDERS) for path in sorted(folder.glob("*.yaml"))]
 SECTIONS = {
     section: next(entry for entry in (hint, *get_args(hint)) if is_dataclass(entry))
     for section, hint in get_type_hints(TrainConfig).items()
@@ -88,6 +89,8 @@ def test_the_help_names_every_key():
     (["lte.heads=4"], "lte.heads has no effect as it is: choose one of lte=elastic, lte=heads, lte=heads_relora"),
     (["optimiser.lr=1"], "unknown key optimiser.lr: did you mean optimizer.lr"),
     (["schedule=cosinus"], "schedule=cosinus is not an option: choose one of constant, cosine, linear, wsd"),
+    (["launcher.nodes=2"], "launcher.nodes=2 belongs to `accrete submit`"),
+    (["launcher=slurm"], "launcher=slurm belongs to `accrete submit`"),
     (["lora.rank=many"], "lora.rank"),
     (["lora.rank=0"], "lora.rank must be at least 1, got 0"),
     (["training.steps=1.5"], "training.steps"),
@@ -112,6 +115,7 @@ def test_the_help_names_every_key():
     (["evaluation.sequences=0"], "evaluation.sequences must be at least 1"),
     (["checkpoint.keep=0"], "checkpoint.keep must be at least 1"),
     (["run.name=a/b"], "run.name"),
+    (["run.name='a \\${x}'"], "run.name must not hold '${'"),
     (["training.steps"], "training.steps"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_a_mistake_is_one_line_that_names_key_value_and_rule(overrides, message, capsys, tmp_path, monkeypatch):
@@ -130,7 +134,8 @@ def test_full_rank_training_turns_restarts_off():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["report", "--help"], ["prepare", "--help"],
-                                   ["evaluate", "--help"], ["export", "--help"]])  # fmt: skip
+                                   ["evaluate", "--help"], ["export", "--help"], ["submit", "--help"],
+                                   ["status", "--help"]])  # fmt: skip
 def test_every_verb_explains_itself(words, capsys):
     assert cli.main(words) == exits.DONE
     assert "usage:" in capsys.readouterr().out

@@ -58,7 +58,8 @@ def _same_run(ours, theirs):
     final, others = (load_file(one / "final/model.safetensors") for one in (ours, theirs))
     assert final.keys() == others.keys()
     for name, value in final.items():
-        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=1e-5)
+        # Batched products round in another order, and Adam makes 1e-2 a step of any gradient.
+        torch.testing.assert_close(value, others[name], rtol=1e-5, atol=3e-5)
 
 
 def test_fragments_on_their_way_between_heads_in_one_process(run, tmp_path):

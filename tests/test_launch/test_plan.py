@@ -27,6 +27,7 @@ from parallel.runtime import start
 from relora.convert import prepare_base_
 from relora.errors import ConfigError
 from relora.linear import LowRankLinear
+from relora.merged import formed_weights
 from relora.precision import MergePrecision
 
 LENGTH, VOCABULARY, SEQUENCES = 32, 523, 2
@@ -93,8 +94,9 @@ def measured(runtime, words, tensor):
         microbatches = config.training.global_batch_size // meshed.data.size // SEQUENCES
 
         def accumulate(count):
-            for _ in range(count):
-                engine.backward(summed_loss(engine.model, batch, ids.device, engine) / 100)
+            with formed_weights(engine.model, seed=0, step=0):
+                for _ in range(count):
+                    engine.backward(summed_loss(engine.model, batch, ids.device, engine) / 100)
 
         for _ in range(2):
             with Spy() as spy:
@@ -125,6 +127,8 @@ LAYOUTS = [
     (LOW_RANK, 2, 1, 2, "fp32", "optimizer"),
     (LOW_RANK, 3, 1, 2, "bf16", "all"),
     *((FULL_RANK, stage, 1, 2, "bf16", "none") for stage in (1, 3)),
+    *(([*LOW_RANK, "lora.forward=merged"], 0, 1, 1, dtype, "none") for dtype in ("fp32", "bf16")),
+    ([*LOW_RANK, "lora.forward=factored"], 0, 1, 1, "bf16", "none"),
 ]
 
 
@@ -152,9 +156,10 @@ GATHER_LATE = [
     for key in ("param_persistence_threshold", "prefetch_bucket_size", "max_reuse_distance")
 ]
 GPT2 = ["model.config.model_type=gpt2", "~model.config.intermediate_size", "~model.config.rms_norm_eps"]
+GPT2 += ["++model.config.attn_pdrop=0.0"]
 
 
-@pytest.mark.parametrize(("tensor", "family"), [(1, []), (2, []), (1, [*GPT2, "++model.config.attn_pdrop=0.0"])])
+@pytest.mark.parametrize(("tensor", "family"), [(1, []), (2, []), (1, GPT2), (1, [*GPT2, "lora.forward=factored"])])
 def test_gathered_weights_stay_as_long_as_the_plan_says(on_processes, tensor, family):
     words = [*LOW_RANK, "lora.rank=32", "model.config.num_hidden_layers=12", *family, f"parallel.tensor={tensor}"]
     words += ["parallel.zero_stage=3", "training.dtype=bf16", *GATHER_LATE]
@@ -162,7 +167,9 @@ def test_gathered_weights_stay_as_long_as_the_plan_says(on_processes, tensor, fa
     in_microbatch = max(answer[1] for answer in on_processes(measured, 2 * tensor, words, tensor))
     assert in_microbatch <= plan.in_microbatch <= 1.1 * in_microbatch
     plain = plan.microbatch.at_loss / in_microbatch
-    assert (plain < 0.9) == (tensor > 1 or bool(family)), "only views of weights keep all layers' weights"
+    assert (plain < 0.9) == (tensor > 1 or "lora.forward=factored" in family), (
+        "only views of weights keep all layers' weights"
+    )
 
 
 def test_bytes_over_the_tensor_axis_are_those_that_layers_hand_over(on_processes):
@@ -174,7 +181,11 @@ def test_bytes_over_the_tensor_axis_are_those_that_layers_hand_over(on_processes
     assert plan.sent_in_step["tensor axis: factor gradients"] == plan.microbatches * 2 * whole_factors
 
 
-@pytest.mark.parametrize("base", [LOW_RANK, FULL_RANK], ids=["low_rank", "full_rank"])
+@pytest.mark.parametrize(
+    "base",
+    [LOW_RANK, [*LOW_RANK, "lora.forward=factored"], [*LOW_RANK, "lora.forward=merged"], FULL_RANK],
+    ids=["addmm", "factored", "merged", "full_rank"],
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, checkpointing):
@@ -193,8 +204,13 @@ def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, ch
     assert (plan.forward_flops, plan.backward_flops) == (real.forward_flops, real.backward_flops)
     ids = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
     batch = Batch(inputs={"input_ids": ids}, labels=ids)
-    counted = count_step_flops(lambda: summed_loss(model, batch, ids.device).backward())
-    assert plan.forward_flops + plan.backward_flops == counted
+
+    def update():
+        with formed_weights(model, seed=0, step=0):
+            summed_loss(model, batch, ids.device).backward()
+
+    assert plan.update_flops(1) == count_step_flops(update)
+    assert (plan.forming_flops > 0) == ("lora.forward=merged" in base)
 
 
 def test_checkpointing_keeps_less_and_computes_more():

@@ -27,6 +27,8 @@ from parallel.runtime import start
 from parallel.tensor import split_model
 from parallel.vocabulary import summed_cross_entropy
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
+from relora.merged import formed_weights
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision
 
 TOKENS, HIDDEN, RANK = 2 * 10, 16, 3
@@ -131,9 +133,10 @@ def _largest_error(axis, name, seed=None, **options):
     for model in (whole, part):
         if seed is not None:
             torch.manual_seed(seed)
-        microbatches = [_loss(model, index) for index in range(2)]
-        for loss in microbatches:
-            loss.backward()
+        with formed_weights(model, seed=0, step=0):
+            microbatches = [_loss(model, index) for index in range(2)]
+            for loss in microbatches:
+                loss.backward()
         losses.append(sum(microbatches).item())
     wanted, found = (dict(model.named_parameters()) for model in (whole, part))
     assert list(wanted) == list(found)
@@ -177,6 +180,7 @@ SPECIAL = {
     "a low-rank output layer": (".*(q_proj|o_proj|lm_head)", {}),
     "only factors train": ("all-linear", {"dense": []}),
     "only norms train beside them": ("all-linear", {"dense": ["norms"]}),
+    **{f"the {path.value} path": ("all-linear", {"forward": path}) for path in ForwardPath},
 }
 
 

@@ -1,0 +1,168 @@
+"""One linear layer forward and backward: every path of ours, the full linear, and PEFT's LoRA eager and compiled.
+
+All stand in one process and take turns, and times are compared within a turn. Beside time: FLOPs, bytes that
+operations read and write, peak memory, and the share of the time that a perfect machine would need for the same
+operations (roofline), by the peak and the copy bandwidth of this one.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.linear_variants import COMPILED, FULL, PATHS, PEFT, Shape, counted, variants
+from benchmarks.machine import device_here
+from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
+from launch import exits
+from launch.flops import peak_flops
+
+_CPU = {"layers": ["512x512", "1376x512"], "tokens": [512, 2048], "ranks": [8, 32, 128], "dtypes": ["float32"]}
+_GPU = {
+    "layers": ["1024x1024", "2048x2048", "4096x4096", "5461x2048", "11008x4096"],
+    "tokens": [4096, 8192, 32768],
+    "ranks": [8, 32, 128],
+    "dtypes": ["bfloat16"],
+}
+_QUICK = {"layers": ["256x128"], "tokens": [128], "ranks": [8], "dtypes": ["float32", "bfloat16"]}
+_WARM_UP = 2
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.ones(1 << (24 if device.type == "cpu" else 28), device=device)
+    target = torch.empty_like(source)
+    best = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * source.nbytes / best
+
+
+def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: bool) -> list[dict[str, Any]]:
+    """A row for each variant of one shape."""
+    updates = variants(shape, device, compiled=compiled)
+    times: dict[str, list[float]] = {name: [] for name in updates}
+    for _ in range(_WARM_UP + repetitions):
+        for name, update in updates.items():
+            times[name].append(_seconds(update, device) / shape.microbatches)
+    times = {name: values[_WARM_UP:] for name, values in times.items()}
+    peak, _ = peak_flops(device, getattr(torch, shape.dtype))
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    for name, update in updates.items():
+        done = None if name == COMPILED else counted(update, shape, peak=peak, bandwidth=bandwidth)
+        seconds = median(times[name])
+        row = {**asdict(shape), "variant": name, "seconds": seconds}
+        row |= {"to_full": paired_ratio(times[name], times[FULL]), "to_peft": paired_ratio(times[name], times[PEFT])}
+        row |= dict.fromkeys(("flops", "bytes", "peak_bytes", "roofline_seconds", "roofline_share"))
+        if done is not None:
+            row |= {**asdict(done), "roofline_share": done.roofline_seconds / seconds}
+        rows.append(row)
+    return rows
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    action()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def tables(study: Document) -> str:
+    """The study as Markdown: a table for each shape, and the fastest path of each."""
+    parts, fastest = [], []
+    for _, group in itertools.groupby(study["rows"], key=_shape):
+        rows = list(group)
+        parts.append(f"{_title(rows[0])}\n\n{_table(rows)}")
+        best = min((row for row in rows if row["variant"] in PATHS), key=lambda row: row["seconds"])
+        ratios = [f"{best[key]['median']:.3f}" for key in ("to_full", "to_peft")]
+        fastest.append([_title(best), best["variant"], *ratios])
+    return "\n\n".join([*parts, markdown(["shape", "fastest path", "/ full linear", "/ PEFT, eager"], fastest)])
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in Shape.__dataclass_fields__)
+
+
+def _title(row: dict[str, Any]) -> str:
+    return (
+        f"{row['outputs']} x {row['inputs']}, {row['tokens']} tokens x {row['microbatches']}, rank {row['rank']}, "
+        f"{row['dtype']}"
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        [
+            row["variant"],
+            f"{1e3 * row['seconds']:.2f}",
+            *(f"{row[key]['median']:.3f}" for key in ("to_full", "to_peft")),
+            _figure(row["flops"], 1e9, 3),
+            _figure(row["bytes"], 1e6, 1),
+            _figure(row["peak_bytes"], 1e6, 1),
+            _figure(row["roofline_share"], 0.01, 0),
+        ]
+        for row in rows
+    ]
+    headers = ["variant", "ms", "/ full", "/ PEFT", "GFLOP", "MB moved", "peak MB", "% of roofline"]
+    return markdown(headers, lines)
+
+
+def _figure(value: float | None, unit: float, digits: int) -> str:
+    return "not seen" if value is None else f"{value / unit:.{digits}f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    options = _parser().parse_args(argv)
+    device = device_here()
+    usual = _QUICK if options.quick else _GPU if device.type == "cuda" else _CPU
+    vars(options).update({key: value for key, value in usual.items() if getattr(options, key) is None})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return exits.run(lambda: _command(options, device))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", nargs="+", metavar="OUTxIN")
+    for name in ("tokens", "ranks"):
+        parser.add_argument(f"--{name}", nargs="+", type=int)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
+    parser.add_argument("--microbatches", type=int, default=1, help="passes that share a formed weight (default 1)")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns that are timed (default 7)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--no-compile", action="store_true", help="leave out PEFT compiled, which takes long to start")
+    parser.add_argument("--quick", action="store_true", help="two small shapes, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    return parser
+
+
+def _command(options: argparse.Namespace, device: torch.device) -> int:
+    rows = []
+    for dtype, layer, tokens, rank in itertools.product(options.dtypes, options.layers, options.tokens, options.ranks):
+        outputs, inputs = map(int, layer.split("x"))
+        shape = Shape(
+            outputs=outputs, inputs=inputs, tokens=tokens, rank=rank, dtype=dtype, microbatches=options.microbatches
+        )
+        rows += compare(shape, device, repetitions=options.repetitions, compiled=not options.no_compile)
+    settings = {"threads": torch.get_num_threads(), "repetitions": options.repetitions}
+    outcome = document("linear", device, settings=settings, rows=rows)
+    print(tables(outcome))
+    if options.json:
+        write_document(options.json, outcome)
+    return exits.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What `lora.forward=auto` takes for a layer: the path that is fastest for its shape, by measurement.
+
+A stand-in of the layer's shape is run forward and backward on the device. Times differ from machine to machine and
+from day to day, so a choice is made once for a run and kept with its state; relora knows no files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from relora.linear import LowRankLinear
+from relora.merged import formed_weights
+from relora.paths import ForwardPath
+
+_SECONDS = 0.3  # of measurement for each path
+_LEAST, _MOST = 3, 50  # repetitions
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class LayerShape:
+    """What decides how long a layer takes."""
+
+    outputs: int
+    inputs: int
+    rank: int
+    tokens: int
+    """Rows of a microbatch."""
+    microbatches: int
+    """Of an update; they share a formed weight."""
+    dtype: str
+    trains_down: bool
+    transposed: bool
+    extra_bits: bool
+
+    @property
+    def key(self) -> str:
+        """The shape as a word."""
+        words = [f"{self.outputs}x{self.inputs} rank {self.rank} tokens {self.tokens}x{self.microbatches} {self.dtype}"]
+        words += ["transposed"] if self.transposed else []
+        words += ["split"] if self.extra_bits else []
+        words += [] if self.trains_down else ["down frozen"]
+        return " ".join(words)
+
+
+def shape_of(layer: LowRankLinear, *, tokens: int, microbatches: int) -> LayerShape:
+    """Return the shape of a layer that is whole in this process, or a part by tensor parallelism."""
+    return LayerShape(
+        outputs=layer.out_features,
+        inputs=layer.in_features,
+        rank=layer.adapter_rank,
+        tokens=tokens,
+        microbatches=microbatches,
+        dtype=str(layer.weight.dtype).removeprefix("torch."),
+        trains_down=layer.down.requires_grad,
+        transposed=layer.transposed,
+        extra_bits=layer.extra_bits is not None,
+    )
+
+
+def measure(shape: LayerShape, paths: Sequence[ForwardPath], device: torch.device) -> dict[ForwardPath, float]:
+    """Return the seconds of a microbatch's forward and backward by each path, with its share of forming a weight.
+
+    The paths take turns, and the fastest turn counts: what else the machine does only ever adds.
+    """
+    with torch.random.fork_rng():
+        layer = _stand_in(shape, device)
+        x = torch.randn(shape.tokens, shape.inputs, device=device, dtype=layer.weight.dtype, requires_grad=True)
+        gradient = torch.randn(shape.tokens, shape.outputs, device=device, dtype=layer.weight.dtype)
+    best = dict.fromkeys(paths, float("inf"))
+    spent, turn = 0.0, 0
+    while turn < _LEAST or (spent < _SECONDS * len(paths) and turn < _MOST):
+        for path in paths:
+            layer.path = path
+            forming = _timed_forming(layer, device) if path == ForwardPath.merged else 0.0
+            with formed_weights(layer, seed=0, step=0):
+                passes = _timed(partial(_passes, layer, x, gradient), device)
+            spent += forming + passes
+            if turn:  # the first one warms up
+                best[path] = min(best[path], passes + forming / shape.microbatches)
+            layer.zero_grad()
+            x.grad = None
+        turn += 1
+    return best
+
+
+def _passes(layer: LowRankLinear, x: Tensor, gradient: Tensor) -> None:
+    layer(x).backward(gradient)
+
+
+def _stand_in(shape: LayerShape, device: torch.device) -> LowRankLinear:
+    size = (shape.inputs, shape.outputs) if shape.transposed else (shape.outputs, shape.inputs)
+    weight = nn.Parameter(torch.randn(size, device=device))
+    layer = LowRankLinear(weight, None, adapter_rank=shape.rank, scaling=0.5, transposed=shape.transposed)
+    nn.init.normal_(layer.up)
+    if shape.extra_bits:
+        layer.split_base_()
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(getattr(torch, shape.dtype))
+    layer.down.requires_grad_(shape.trains_down)
+    return layer
+
+
+def _timed_forming(layer: LowRankLinear, device: torch.device) -> float:
+    def form_once() -> None:
+        with formed_weights(layer, seed=0, step=0):
+            pass
+
+    return _timed(form_once, device)
+
+
+def _timed(action: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    action()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,150 @@
+"""Cases of test_relora/test_kernels.py, which sets where they run: Triton decides it when it is imported."""
+
+import os
+
+import pytest
+import torch
+
+import relora.merged
+from relora.initialize import key_of
+from relora.kernels.factor_gradients import factor_gradients, factor_gradients_twin
+from relora.kernels.fused import fused
+from relora.kernels.grouped import grouped, grouped_twin, groups_of
+from relora.kernels.merge import merge, merge_twin
+from relora.kernels.products import products, products_twin
+from relora.linear import LowRankLinear
+from relora.merged import form
+from relora.paths import addmm
+from relora.precision import MergePrecision, join, split
+
+DEVICE = os.environ["KERNEL_DEVICE"]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(device=DEVICE, dtype=dtype)
+
+
+def near(ours, wanted, dtype):
+    error = (ours.double() - wanted.double()).norm() / wanted.double().norm()
+    assert ours.dtype == wanted.dtype
+    assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("precision", MergePrecision)
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (5, 7, 3), (70, 65, 20)])
+@pytest.mark.parametrize("has_bits", [False, True])
+def test_merge(precision, factors, rows, columns, rank, has_bits):
+    if precision == MergePrecision.split and not has_bits:
+        has_bits = True
+    weight, bits = split(draw(rows, columns))
+    left, right = draw(rows, rank, dtype=factors), draw(rank, columns, dtype=factors)
+    arguments = (weight, bits if has_bits else None, left, right, 1e-2, precision)
+    key = key_of(3, "merge", str(precision))  # above and below 2 ** 63
+    (ours, rest), (wanted, wanted_rest) = merge(*arguments, key=key), merge_twin(*arguments, key=key)
+    if precision == MergePrecision.split:
+        exact = join(wanted, wanted_rest)
+        assert torch.allclose(join(ours, rest), exact, rtol=1e-6, atol=1e-6)
+    else:
+        assert rest is None
+        assert float((ours != wanted).float().mean()) < 1e-3  # where a product's last bit decides a rounding
+        assert torch.allclose(ours.float(), wanted.float(), rtol=2**-7, atol=0)
+
+
+def test_merge_in_float32_and_in_place():
+    weight, left, right = draw(33, 70), draw(33, 5), draw(5, 70)
+    wanted, _ = merge_twin(weight, None, left, right, 0.5, MergePrecision.split)
+    ours, _ = merge(weight, None, left, right, 0.5, MergePrecision.split, in_place=True)
+    assert ours is weight
+    assert torch.allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+    weight, bits = split(draw(33, 70))
+    wanted = join(*merge_twin(weight, bits, left, right, 0.5, MergePrecision.split))
+    merge(weight, bits, left, right, 0.5, MergePrecision.split, in_place=True)
+    assert torch.allclose(join(weight, bits), wanted, rtol=1e-5, atol=1e-5)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "columns", "depth", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3), (64, 40, 50, 17)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_products(dtype, rows, columns, depth, rank, turned):
+    def one(height, width):
+        return draw(width, height, dtype=dtype).t() if turned else draw(height, width, dtype=dtype)
+
+    arguments = (one(rows, depth), one(depth, columns), one(rows, rank), one(rank, columns), 0.5)
+    near(products(*arguments), products_twin(*arguments), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (70, 65, 3), (200, 40, 17)])
+def test_factor_gradients(dtype, rows, columns, rank):
+    arguments = (draw(rows, columns, dtype=dtype), draw(columns, rank, dtype=dtype), draw(rows, rank, dtype=dtype), 0.5)
+    first, again = factor_gradients(*arguments), factor_gradients(*arguments)
+    for ours, wanted, repeated in zip(first, factor_gradients_twin(*arguments), again, strict=True):
+        near(ours, wanted, dtype)
+        assert torch.equal(ours, repeated)
+
+
+def gradients(function, leaves, weighting):
+    leaves = [one.detach().clone().requires_grad_() for one in leaves]
+    y = function(*leaves)
+    y.backward(weighting)
+    return [y.detach(), *(one.grad for one in leaves)]
+
+
+@DTYPES
+@pytest.mark.parametrize(("rows", "outputs", "inputs", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_fused_layer(dtype, rows, outputs, inputs, rank, has_bias):
+    weight, weighting = draw(outputs, inputs, dtype=dtype), draw(rows, outputs, dtype=dtype)
+    leaves = [draw(rows, inputs), draw(rank, inputs), draw(outputs, rank), *([draw(outputs)] if has_bias else [])]
+    leaves = [one.to(dtype) for one in leaves]
+
+    def by(path, weight, leaves, weighting):
+        def layer(x, down, up, bias=None):
+            return path(x, weight, bias, down, up, 0.5)
+
+        return gradients(layer, leaves, weighting)
+
+    wanted = by(addmm, weight.double(), [one.double() for one in leaves], weighting.double())
+    for ours, exact in zip(by(fused, weight, leaves, weighting), wanted, strict=True):
+        near(ours, exact.to(dtype), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("counts", "inputs", "outputs", "rank"), [([1], 1, 1, 1), ([40, 0, 3, 70], 33, 65, 5)])
+def test_grouped_heads(dtype, counts, inputs, outputs, rank):
+    heads = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    heads = heads[torch.randperm(len(heads))].to(DEVICE)
+    groups, weighting = groups_of(heads, len(counts)), draw(len(heads), outputs, dtype=dtype)
+    leaves = [draw(len(heads), inputs), draw(len(counts), rank, inputs), draw(len(counts), outputs, rank)]
+    leaves = [one.to(dtype) for one in leaves]
+    ours = gradients(lambda x, down, up: grouped(x, down, up, groups, 0.5), leaves, weighting)
+    exact = [one.double() for one in leaves]
+    wanted = gradients(lambda x, down, up: grouped_twin(x, down, up, heads, 0.5), exact, weighting.double())
+    for one, other in zip(ours, wanted, strict=True):
+        near(one, other.to(dtype), dtype)
+
+
+def test_grouped_heads_with_equal_runs_are_bmm():
+    x, down, up = draw(2, 9, 7), draw(2, 3, 7), draw(2, 5, 3)
+    heads = torch.arange(2, device=DEVICE).repeat_interleave(9)
+    ours = grouped(x.flatten(0, 1), down, up, groups_of(heads, 2), 0.5)
+    near(ours.view(2, 9, 5), torch.bmm(torch.bmm(x, down.mT) * 0.5, up.mT), torch.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_merged_layer_is_formed_by_the_kernel_where_it_runs(transposed, monkeypatch):
+    layer = LowRankLinear(torch.nn.Parameter(draw(70, 65)), None, adapter_rank=3, scaling=0.5, transposed=transposed)
+    torch.nn.init.normal_(layer.up)
+    layer.to(DEVICE).split_base_()
+    ours = form(layer, 7)
+    assert ours.shape == (layer.out_features, layer.in_features)
+    monkeypatch.setattr(relora.merged, "runs_on", lambda tensor: False)
+    assert float((ours != form(layer, 7)).float().mean()) < 1e-3

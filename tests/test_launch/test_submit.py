@@ -1,0 +1,347 @@
+"""Starting and starting again: what is printed, what is quoted, what is refused, and what follows an attempt's end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import exits, status, submit, train
+from launch.attempt import VARIABLE, Outcome, StopFile, keep_own_log, note, outcome_in
+from launch.attempts import Attempt, Attempts, Next, decide, newest_step
+from launch.config import CONF, load
+from launch.job import in_words
+from launch.launcher import LAUNCHERS, load_launcher
+from launch.records import read_records
+from launch.supervise import Supervisor
+from launch.usage import field_docs
+from relora.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests/golden/submit.sh"
+NAME = 'it\'s $(touch broken) `touch broken`; "x" & $HOME #'
+TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
+
+
+def printed(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([*words, "--dry-run"]) == exits.DONE
+    shown = capsys.readouterr().out
+    return shown.replace(str(tmp_path), "/home/me").replace(sys.executable, "/env/bin/python")
+
+
+SLURM = [
+    "launcher=slurm",
+    "launcher.nodes=4",
+    "launcher.least_nodes=2",
+    "launcher.gpus_per_node=8",
+    "launcher.cpus_per_node=96",
+    "launcher.memory=400G",
+    "launcher.partition=gpu",
+    "launcher.account=lab",
+    "launcher.time=12:00:00",
+    "launcher.constraint='a100&ib'",
+    "launcher.sbatch=['--mail-type=END']",
+    "launcher.modules=[cuda/12.4]",
+    "launcher.setup=['source /shared/site.sh']",
+    "launcher.interface=ib0",
+    "launcher.infiniband=mlx5_0",
+    "launcher.container_image=/shared/accrete.sqsh",
+    "launcher.container_mounts=['/shared:/shared']",
+    "launcher.environment={WORDS: 'one $two'}",
+    "training.global_batch_size=480",
+    "run.dir=runs/mine",
+]
+
+
+def test_a_dry_run_prints_the_golden_job_script(capsys, monkeypatch, tmp_path):
+    script = printed([*SLURM, f"run.name={in_words(NAME)}"], capsys, monkeypatch, tmp_path)
+    if os.environ.get("ACCRETE_RECORD"):
+        GOLDEN.write_text(script, encoding="utf-8")
+    assert script == GOLDEN.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_the_shell_gives_the_processes_the_words_as_they_were(capsys, monkeypatch, tmp_path):
+    words = [f"run.name={in_words(NAME)}", "run.dir=runs/one two", "launcher=slurm", "launcher.start=srun"]
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([*words, "--dry-run"]) == exits.DONE
+    script = capsys.readouterr().out.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
+    environment = {**os.environ, "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.split("\0")[-3:-1] == words[:2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun", "mpi"])
+def test_a_dry_run_on_this_machine_prints_a_command_that_a_shell_takes(launcher, capsys, monkeypatch, tmp_path):
+    many = [] if launcher == "local" else ["launcher.processes=2"]
+    words = [f"launcher={launcher}", *many, "launcher.environment={A: 'b c'}", f"run.name={in_words(NAME)}"]
+    line = printed(words, capsys, monkeypatch, tmp_path)
+    assert line.startswith("A='b c' ")
+    after = line.removeprefix("A='b c' ")
+    told = subprocess.run(["bash", "-c", f"printf '%s\\0' {after}"], capture_output=True, text=True, check=True).stdout
+    *command, name, folder, _ = told.split("\0")
+    assert command[-2:] == ["-m", "launch.train"]
+    assert load([name, folder]).run.name == NAME
+    assert NAME in load([name, folder]).run.dir
+
+
+def test_any_text_can_be_the_value_of_an_override():
+    dice = random.Random(0)
+    texts = ["".join(dice.choices("a '\"\\$(){}[],:=~%#\n", k=dice.randrange(1, 12))) for _ in range(150)]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    for text in [*texts, "\\", "\\'", "'\\", "${x}", "\\${x}", "a\\\\"]:
+        override = OverridesParser.create().parse_override(f"k={in_words(text)}")
+        assert OmegaConf.create({"k": override.value()}).k == text, text
+
+
+def test_every_launcher_composes_and_every_key_has_a_meaning():
+    assert {path.stem for path in (CONF / "launcher").glob("*.yaml")} == set(LAUNCHERS)
+    for name, owner in LAUNCHERS.items():
+        config = load_launcher([f"launcher={name}"])
+        assert config == owner(), "conf/ and the dataclass have the same defaults"
+        assert set(field_docs(owner)) == set(owner.__dataclass_fields__)
+
+
+SWEEP = ["--multirun", "lora.rank=8,4", "optimizer.lr=choice(0.1,0.01)", "run.dir=runs/a b"]
+
+
+def test_a_sweep_is_every_combination_and_a_job_array_picks_its_words(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [*SWEEP, "launcher=slurm", "launcher.start=srun", "launcher.concurrent=2", "--dry-run"]
+    assert submit.main(words) == exits.DONE
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%2\n" in script
+    assert "#SBATCH --output=slurm-%A_%a.log\n" in script
+    script = script.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
+    picked = []
+    for task in range(4):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1"}
+        told = subprocess.run(
+            ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        picked.append(told.split("\0")[-4:-1])
+        assert told.split("\0")[1] == str(tmp_path / f"runs/a b/{task:03d}")
+    assert picked == [
+        [f"lora.rank={rank}", f"optimizer.lr={lr}", f"run.dir='runs/a b/{task:03d}'"]
+        for task, (rank, lr) in enumerate([(8, 0.1), (8, 0.01), (4, 0.1), (4, 0.01)])
+    ]
+
+
+def test_a_sweep_here_trains_one_run_after_the_other_and_ends_with_a_table(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Supervisor, "work", lambda supervisor: train.main(supervisor._command[3:]))
+    words = [*tiny, "--multirun", "optimizer.lr=0.01,0.0001", "run.save_start=false"]
+    assert submit.main(words) == exits.DONE
+    capsys.readouterr()
+    assert status.main([str(tmp_path / "run")]) == exits.DONE
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("00")]
+    assert [row[:3] for row in rows] == [["000", "optimizer.lr=0.01", "done"], ["001", "optimizer.lr=0.0001", "done"]]
+    loss = json.loads((tmp_path / "run/000/summary.json").read_text())["val_loss"]
+    assert f"{loss:.6g}" in rows[0], "the best is first"
+    assert submit.main([*words[:-1], "run.save_start=true"]) == exits.REFUSED
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--multirun", "launcher=slurm"], "--multirun needs a list of values"),
+    (["--multirun", "run.dir=a,b"], "run.dir must have one value in a sweep"),
+    (["--multirun", "lora.rank=4,0"], "lora.rank must be at least 1, got 0"),
+    (["launcher=slurm", "launcher.concurrent=2"], "launcher.concurrent has no effect on a single run"),
+    (["launcher=slurm", "launcher.nods=2"], "unknown key launcher.nods: did you mean launcher.nodes"),
+    (["launcher=pbs"], "launcher=pbs is not an option: choose one of local, mpi, slurm, torchrun"),
+    (["launcher=slurm", "launcher.partition='a b'"], "launcher.partition must have no spaces"),
+    (["launcher=slurm", "launcher.partition='a\\\\\\nb'"], "control characters"),
+    (["launcher=slurm", "launcher.time=tomorrow"], "launcher.time must look like"),
+    (["launcher=slurm", "launcher.sbatch=[-x]"], "launcher.sbatch: '-x' must be --name"),
+    (["launcher=slurm", "launcher.sbatch=['--output=x']"], "--output is set by `accrete submit` itself"),
+    (["launcher=slurm", "launcher.nodes=3"], "training.global_batch_size must be a multiple of the 3 processes"),
+    (["launcher=slurm", "launcher.least_nodes=1"], "launcher.least_nodes=1 must be below launcher.nodes=1"),
+    (["launcher=slurm", "launcher.start=pmix"], "launcher.start=pmix does not go with a run without lte.transport=mpi"),
+    (["launcher=slurm", "launcher.container_mounts=['/a:/b']"], "launcher.container_mounts has no effect without"),
+    (["launcher=slurm", "run.dir='50%'"], "mean something to SLURM"),
+    (["launcher.environment={A-B: c}"], "launcher.environment: 'A-B' cannot name a variable"),
+    (["launcher=slurm", "training.steps=-1"], "training.steps must not be negative"),
+    (["launcher=torchrun", "launcher.processes=0"], "launcher.processes must be at least 1"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_what_would_fail_in_the_job_is_refused_before(words, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("\\n", "\n") for word in words]
+    assert submit.main(words) == exits.REFUSED
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_a_job_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submit.main(["launcher=slurm"]) == exits.REFUSED
+    assert "launcher=slurm needs sbatch" in capsys.readouterr().err
+
+
+def ended(step, reached, host=None):
+    return Attempt(number=1, job="7", began=0.0, step=step, ended=1.0, reached=reached, code=1, host=host)
+
+
+@pytest.mark.parametrize(("history", "outcome", "asked", "follows"), [
+    ([ended(0, 9)], Outcome(code=exits.DONE), False, (Next.end, exits.DONE, ())),
+    ([ended(0, 9)], Outcome(code=exits.DONE), True, (Next.end, exits.DONE, ())),
+    ([ended(0, 0)], Outcome(code=exits.REFUSED), False, (Next.end, exits.REFUSED, ())),
+    ([ended(0, 9)], Outcome(code=exits.PREEMPTED, again=False), False, (Next.end, exits.PREEMPTED, ())),
+    ([ended(0, 9)], Outcome(code=exits.PREEMPTED), False, (Next.elsewhere, exits.PREEMPTED, ())),
+    ([ended(0, 9)], Outcome(code=1), True, (Next.elsewhere, exits.PREEMPTED, ())),
+    ([ended(0, 9)], Outcome(code=1), False, (Next.again, 1, ())),
+    ([ended(0, 0)] * 2, Outcome(code=1), False, (Next.again, 1, ())),
+    ([ended(0, 0)] * 3, Outcome(code=1), False, (Next.end, 1, ())),
+    ([ended(0, 0)] * 3, Outcome(code=exits.PREEMPTED), True, (Next.end, 1, ())),
+    ([ended(0, 0), ended(0, 0), ended(0, 5), ended(5, 5)], Outcome(code=1), False, (Next.again, 1, ())),
+    ([ended(0, 9, "dead")], Outcome(code=1, host="dead"), False, (Next.elsewhere, exits.PREEMPTED, ("dead",))),
+    ([ended(0, 9, "n1")], Outcome(code=1, host="n1"), False, (Next.again, 1, ())),
+    ([ended(0, 9, "n1"), ended(9, 12, "n1")], Outcome(code=1, host="n1"), False,
+     (Next.elsewhere, exits.PREEMPTED, ("n1",))),
+])  # fmt: skip
+def test_what_follows_an_attempt(history, outcome, asked, follows):
+    decision = decide(history, outcome, limit=3, asked=asked, alive=lambda host: host != "dead")
+    assert (decision.next, decision.code, decision.exclude) == follows
+
+
+def test_without_a_scheduler_no_machine_is_left_out():
+    history = [ended(0, 9, "n1"), ended(9, 12, "n1")]
+    assert decide(history, Outcome(code=1, host="n1"), limit=3, asked=False, alive=None).next is Next.again
+
+
+def attempt_that(tmp_path, script, limit=3):
+    return Supervisor(tmp_path, ["bash", "-c", script], limit=limit, job=None)
+
+
+def test_a_run_that_makes_no_progress_is_given_up(tmp_path, capfd):
+    assert attempt_that(tmp_path, "exit 9").work() == exits.FAILED
+    assert len(Attempts(tmp_path).read()) == 3
+    assert "3 attempts in a row brought the run no further than step 0" in capfd.readouterr().out
+    assert attempt_that(tmp_path, "exit 0").work() == exits.DONE, "started by the user again, it counts anew"
+
+
+def test_attempts_go_on_while_there_is_progress(tmp_path):
+    script = 'n=$(ls checkpoints 2>/dev/null | wc -l); mkdir -p checkpoints/step_0000000$((n + 1)); [ "$n" -ge 6 ]'
+    assert attempt_that(tmp_path, f"cd {tmp_path}; {script}").work() == exits.DONE
+    assert [(one.step, one.reached) for one in Attempts(tmp_path).read()] == [(n, n + 1) for n in range(7)]
+
+
+def test_an_attempt_that_ended_without_a_word_counts_until_there_is_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for _ in range(3):
+        Attempts(tmp_path).begin(nodes="", job="7")
+    with (tmp_path / "job/attempts.jsonl").open("a") as file:
+        file.write('{"number": 4, "beg')
+    assert attempt_that(tmp_path, "exit 0").work() == exits.FAILED, "not even tried"
+    (tmp_path / "checkpoints/step_00000005").mkdir(parents=True)
+    assert attempt_that(tmp_path, "exit 0").work() == exits.DONE
+
+
+def test_a_signal_becomes_a_file_that_the_run_sees(tmp_path):
+    script = 'while [ ! -e "$ACCRETE_ATTEMPT/stop" ]; do sleep 0.05; done\n'
+    script += 'echo \'{"code": 75}\' > "$ACCRETE_ATTEMPT/outcome.json"; exit 1'
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    assert attempt_that(tmp_path, script).work() == exits.PREEMPTED
+    assert Attempts(tmp_path).read()[0].reason == "stopped by SIGUSR1"
+
+
+def test_a_launcher_that_lingers_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.supervise._LINGER_SECONDS", 0.3)
+    began = time.monotonic()
+    assert attempt_that(tmp_path, 'echo \'{"code": 0}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 60').work() == 0
+    assert time.monotonic() - began < 20
+
+
+def test_a_launcher_that_restarts_processes_is_let_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.supervise._LINGER_SECONDS", 0.3)
+    script = 'echo \'{"code": 1}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 1.5; rm "$ACCRETE_ATTEMPT/outcome.json"'
+    supervisor = Supervisor(tmp_path, ["bash", "-c", script], limit=1, job=None, restarts=True)
+    assert supervisor.work() == exits.DONE
+
+
+def test_the_last_outcome_counts_and_other_ranks_have_their_own_logs(tmp_path, monkeypatch):
+    note(Outcome(code=1))  # without a supervisor nothing happens
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    note(Outcome(code=1))
+    note(Outcome(code=exits.PREEMPTED, reason="x", again=False))
+    assert outcome_in(tmp_path) == Outcome(code=exits.PREEMPTED, reason="x", again=False)
+    keep_own_log(os.environ, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
+    told = "import os; from launch.attempt import keep_own_log; keep_own_log(os.environ, 3); os.system('echo x')"
+    subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=True)
+    assert next(tmp_path.glob("rank_00003.*.log")).read_text() == "x\n"
+    stop = StopFile(os.environ)
+    assert not stop.asks()
+
+
+def ranks(folder):
+    """Process ids of a run's training processes by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = dict(pair.split("=", 1) for pair in path.read_text(errors="replace").split("\0") if "=" in pair)
+            command = path.with_name("cmdline").read_text()
+        except OSError:
+            continue
+        if variables.get(VARIABLE, "").startswith(str(folder)) and "\0launch.train\0" in command:
+            rank = variables.get("RANK", variables.get("OMPI_COMM_WORLD_RANK"))
+            if rank is not None and "torch.distributed.run" not in command:
+                found[int(rank)] = int(path.parent.name)
+    return found
+
+
+def run_twofold(tiny, folder, *launcher, kill):
+    """A run of two processes, one of which may be killed; its records, and the number of attempts."""
+    own = [*launcher, "launcher.processes=2", "launcher.environment={OMP_NUM_THREADS: '1'}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1"}
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    bare = ["run.save_start=false", "run.save_final=false"]
+    command = [sys.executable, "-m", "launch.submit", *own, *tiny, "training.steps=40", *bare, f"run.dir={folder}"]
+    with (folder.parent / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        limit = time.monotonic() + 120
+        while kill and not (folder / "checkpoints/step_00000008").is_dir():
+            assert process.poll() is None and time.monotonic() < limit, (folder.parent / "log").read_text()  # noqa: PT018
+            time.sleep(0.02)
+        if kill:
+            os.kill(ranks(folder)[1], signal.SIGKILL)
+        assert process.wait(150) == exits.DONE, (folder.parent / "log").read_text()
+    kept = [r for r in read_records(folder / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in kept], len(Attempts(folder).read())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_process_costs_a_torchrun_restart_or_an_attempt_and_changes_nothing(tiny, tmp_path):
+    whole, one = run_twofold(tiny, tmp_path / "whole", "launcher=torchrun", kill=False)
+    restarted, still_one = run_twofold(
+        tiny, tmp_path / "torchrun", "launcher=torchrun", "launcher.max_restarts=1", kill=True
+    )
+    anew, two = run_twofold(tiny, tmp_path / "mpi", "launcher=mpi", kill=True)
+    assert (one, still_one, two) == (1, 1, 2)
+    assert restarted == whole
+    assert anew == whole
+    assert newest_step(tmp_path / "mpi") == 40
+    assert json.loads((tmp_path / "mpi/summary.json").read_text())["status"] == "done"
+
+
+def test_the_plain_scripts_are_shell():
+    for path in ("launch/torchrun.sh", "launch/mpirun.sh", "launch/slurm/train.sbatch", "tests/golden/submit.sh"):
+        subprocess.run(["bash", "-n", str(ROOT / path)], check=True)
+
+
+def test_a_value_that_could_not_be_read_back_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.name must not hold"):
+        load([f"run.name={in_words('${x}')}"])
