@@ -388,4 +388,5 @@ def _introduce(run: Run) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in launch/cli.py
     sys.exit(main())

@@ -1,5 +1,6 @@
 """Fixtures for all tests, and libraries kept offline."""
 
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
@@ -11,6 +12,13 @@ from pathlib import Path
 import pytest
 
 from parallel.runtime import Runtime, start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Spare collections of garbage, of which DeepSpeed makes a dozen for each engine, all that is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """One process of a pool that tests run functions on: joins the group, then takes jobs from a pipe until it closes."""
 
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -33,7 +34,10 @@ def main() -> None:
             except EOFError:
                 break
             try:
-                answer = (True, getattr(load(path), function)(runtime, *arguments))
+                task = getattr(load(path), function)
+                gc.collect()
+                gc.freeze()  # as in tests/conftest.py
+                answer = (True, task(runtime, *arguments))
             except BaseException:  # noqa: BLE001  (told to the test, whatever it is)
                 answer = (False, traceback.format_exc())
             pickle.dump(answer, answers)
