@@ -4,7 +4,8 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -40,7 +41,9 @@ def train_help() -> str:
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "launcher"):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         parts.append(textwrap.fill(f"  {folder.name:<12}{options}", 110, subsequent_indent=" " * 14))
-    parts.append("\nkeys (section.key=value), with the values of a run without arguments:")
+    parts.append(
+        "\nkeys (section.key=value), with the values of a run without arguments; of what it lacks, the defaults:"
+    )
     values = resolved(load([]))
     for section, hint in get_type_hints(TrainConfig).items():
         owner = next((entry for entry in (hint, *get_args(hint)) if is_dataclass(entry)), None)
@@ -50,21 +53,27 @@ def train_help() -> str:
 
 
 def keys_help(section: str, owner: Any, values: dict[str, Any]) -> list[str]:
-    """A section's keys with their values and meanings, those of the classes that it builds on included."""
-    meanings = field_docs(owner)
+    """A section's keys with their values and meanings, those of the classes that it builds on or holds included.
+
+    What `values` lacks has the class's own default; a section within has its keys in place of a value.
+    """
+    meanings, hints = field_docs(owner), get_type_hints(owner)
     lines = [f"\n{section}: {(owner.__doc__ or '').strip()}"]
     for entry in fields(owner):
-        head = f"  {section}.{entry.name}"
-        if entry.name in values:
-            head += f"={_written(values[entry.name])}"
-        lines.append(head)
+        key, value = f"{section}.{entry.name}", values.get(entry.name, entry.default)
+        if is_dataclass(hints[entry.name]):
+            within = keys_help(key, hints[entry.name], values.get(entry.name, {}))
+            lines += [f"  {key}: {meanings[entry.name]}", *within[1:]]
+            continue
+        lines.append(f"  {key}" if value is MISSING else f"  {key}={_written(value)}")
         lines.append(textwrap.indent(textwrap.fill(meanings[entry.name], 104), " " * 6))
     return lines
 
 
 def _written(value: Any) -> str:
     """A value as a command line would give it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    plain = value.value if isinstance(value, Enum) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
 
 

@@ -80,6 +80,9 @@ def test_every_attribute_of_a_section_is_a_field_with_a_type_and_a_meaning(secti
 def test_the_help_names_every_key():
     text = train_help()
     assert [key for key in keys_of(resolved(load([]))) if key.count(".") == 1 and f"  {key}" not in text] == []
+    streams = resolved(load(["continual=python_three"]))["continual"]
+    assert [key for key in keys_of(streams) if f"  continual.{key}" not in text] == []
+    assert "  continual.inflora.threshold=0.95\n      Share of the first task's energy" in text
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
