@@ -8,8 +8,7 @@ operations (roofline), by the peak and the copy bandwidth of this one.
 import argparse
 import itertools
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from benchmarks.machine import device_here
 from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
 from launch import exits
 from launch.flops import peak_flops
+from relora.choice import timed
 
 _CPU = {"layers": ["512x512", "1376x512"], "tokens": [512, 2048], "ranks": [8, 32, 128], "dtypes": ["float32"]}
 _GPU = {
@@ -38,7 +38,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a large copy reads and writes."""
     source = torch.ones(1 << (24 if device.type == "cpu" else 28), device=device)
     target = torch.empty_like(source)
-    best = min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    best = min(timed(lambda: target.copy_(source), device) for _ in range(5))
     return 2 * source.nbytes / best
 
 
@@ -48,7 +48,7 @@ def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: b
     times: dict[str, list[float]] = {name: [] for name in updates}
     for _ in range(_WARM_UP + repetitions):
         for name, update in updates.items():
-            times[name].append(_seconds(update, device) / shape.microbatches)
+            times[name].append(timed(update, device) / shape.microbatches)
     times = {name: values[_WARM_UP:] for name, values in times.items()}
     peak, _ = peak_flops(device, getattr(torch, shape.dtype))
     bandwidth = copy_bandwidth(device)
@@ -63,19 +63,6 @@ def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: b
             row |= {**asdict(done), "roofline_share": done.roofline_seconds / seconds}
         rows.append(row)
     return rows
-
-
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    action()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def tables(study: Document) -> str:

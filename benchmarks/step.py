@@ -9,8 +9,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -27,6 +26,7 @@ from benchmarks.step_variants import VARIANTS, Shape
 from launch import exits
 from launch.config import CONF
 from parallel.runtime import Runtime, start
+from relora.choice import timed
 
 FULL_RANK, RELORA, *PEFT = VARIANTS
 Times = dict[str, list[float]]
@@ -42,26 +42,13 @@ def measure_times(shape: Shape, runtime: Runtime, *, repetitions: int) -> tuple[
     times: Times = {name: [] for name in (*variants, RESTART)}
     for turn in range(_WARM_UP + repetitions):
         for name, variant in variants.items():
-            times[name].append(_seconds(variant.step, runtime.device))
+            times[name].append(timed(variant.step, runtime.device))
             if variant.restart is not None:
-                times[RESTART].append(_seconds(partial(variant.restart, turn + 1), runtime.device))
+                times[RESTART].append(timed(partial(variant.restart, turn + 1), runtime.device))
     facts = [
         {"variant": name, "trainable": variant.trainable, "flops": variant.flops} for name, variant in variants.items()
     ]
     return {name: values[_WARM_UP:] for name, values in times.items()}, facts
-
-
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    began = time.perf_counter()
-    action()
-    _synchronize(device)
-    return time.perf_counter() - began
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure_peak(name: str, shape: Shape, runtime: Runtime) -> int:

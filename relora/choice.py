@@ -79,7 +79,7 @@ def measure(shape: LayerShape, paths: Sequence[ForwardPath], device: torch.devic
             layer.path = path
             forming = _timed_forming(layer, device) if path == ForwardPath.merged else 0.0
             with formed_weights(layer, seed=0, step=0):
-                passes = _timed(partial(_passes, layer, x, gradient), device)
+                passes = timed(partial(_passes, layer, x, gradient), device)
             spent += forming + passes
             if turn:  # the first one warms up
                 best[path] = min(best[path], passes + forming / shape.microbatches)
@@ -111,10 +111,11 @@ def _timed_forming(layer: LowRankLinear, device: torch.device) -> float:
         with formed_weights(layer, seed=0, step=0):
             pass
 
-    return _timed(form_once, device)
+    return timed(form_once, device)
 
 
-def _timed(action: Callable[[], object], device: torch.device) -> float:
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds of an action, until the device has done all of it."""
     _wait(device)
     began = time.perf_counter()
     action()
