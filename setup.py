@@ -1,10 +1,14 @@
-"""Packaging: four import packages whose names are their paths, and `conf/` shipped as data."""
+"""Packaging: import packages whose names are their paths, and `conf/` shipped as data."""
 
 from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["relora", "relora.kernels", "parallel", "continual", "continual.methods", "launch"]
+ROOMS = ["jobs", "models", "planning", "reports", "training", "watching"]
+PACKAGES = [
+    *["relora", "relora.kernels", "parallel", "continual", "continual.methods", "launch"],
+    *[f"launch.{room}" for room in ROOMS],
+]
 
 setup(
     name="accrete",

@@ -18,10 +18,10 @@ from benchmarks.outcome import Document, document, write_document
 from benchmarks.page import write_tables
 from benchmarks.runs import run_all
 from launch import exits
-from launch.history import read_history
-from launch.stage_records import StageRecord
-from launch.stream_figures import curves_figure
-from launch.stream_heat import matrix_figure
+from launch.reports.history import read_history
+from launch.reports.stream_figures import curves_figure
+from launch.reports.stream_heat import matrix_figure
+from launch.watching.stage_records import StageRecord
 
 
 def make_runs(

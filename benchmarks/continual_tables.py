@@ -5,10 +5,10 @@ from statistics import fmean
 
 from benchmarks.outcome import Document, markdown
 from continual.metrics import Entry
-from launch.readings import amount, cell
-from launch.stage_records import StageRecord, Stream, stream_of
-from launch.stream_groups import StreamGroup, spread
-from launch.stream_tables import Unit, matrix_table, outcome_table
+from launch.reports.stream_groups import StreamGroup, spread
+from launch.reports.stream_tables import Unit, matrix_table, outcome_table
+from launch.watching.readings import amount, cell
+from launch.watching.stage_records import StageRecord, Stream, stream_of
 
 OWN = "per_task"
 """The method whose scores are each task's own baseline."""

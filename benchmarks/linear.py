@@ -20,7 +20,7 @@ from benchmarks.linear_variants import COMPILED, FULL, PATHS, PEFT, Shape, count
 from benchmarks.machine import device_here
 from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
 from launch import exits
-from launch.flops import peak_flops
+from launch.planning.flops import peak_flops
 from relora.choice import timed
 
 _CPU = {"layers": ["512x512", "1376x512"], "tokens": [512, 2048], "ranks": [8, 32, 128], "dtypes": ["float32"]}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.flops import operation_flops
-from launch.microbatch import Ledger
+from launch.planning.flops import operation_flops
+from launch.planning.microbatch import Ledger
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
 from relora.paths import ForwardPath

@@ -23,8 +23,8 @@ from benchmarks.outcome import Document, document, markdown, write_document
 from benchmarks.quality import next_rate
 from benchmarks.runs import Result, read_result, run_all
 from launch import exits
-from launch.history import History, read_history
-from launch.readings import amount
+from launch.reports.history import History, read_history
+from launch.watching.readings import amount
 
 Found = dict[tuple[Cell, float], tuple[Result, History]]
 """Finished runs by cell and learning rate."""

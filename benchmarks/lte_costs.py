@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from benchmarks.lte_methods import Cell, Family, Study
 from continual.data import open_data
-from launch.comparison import asked
 from launch.config import load
-from launch.estimate import cost
-from launch.model import model_config
-from launch.plan_links import DDP, DILOCO, LTE, RELORA, study
-from launch.skeleton import Skeletons
+from launch.models.model import model_config
+from launch.planning.comparison import asked
+from launch.planning.estimate import cost
+from launch.planning.plan_links import DDP, DILOCO, LTE, RELORA, study
+from launch.planning.skeleton import Skeletons
 from parallel.link_model import Link, Method
 
 FLOPS = 2e10

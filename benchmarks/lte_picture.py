@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.lte_methods import Family
 from benchmarks.outcome import Document
-from launch.readings import amount
+from launch.watching.readings import amount
 
 _COLOURS = {
     Family.ddp.value: "#222222",

@@ -9,10 +9,10 @@ from transformers import PretrainedConfig
 from continual.batches import Batch
 from continual.method import Term
 from launch.config import TrainConfig, load
-from launch.estimate import Layout
-from launch.model import model_config
-from launch.objective import accumulate
-from launch.phase import make_engine, make_phase
+from launch.models.model import model_config
+from launch.planning.estimate import Layout
+from launch.training.objective import accumulate
+from launch.training.phase import make_engine, make_phase
 from parallel.collectives import sum_over
 from parallel.runtime import Axis, Runtime, start
 from relora.restart import restart

@@ -16,9 +16,9 @@ import torch
 from benchmarks.outcome import paired_ratio
 from benchmarks.parallel_layouts import FULL_RANK, RELORA, Entry, Shape, Trainer, build, configured
 from benchmarks.parallel_traffic import Traffic
-from launch.estimate import Cost, cost
-from launch.microbatch import Ledger
-from launch.skeleton import Skeletons
+from launch.planning.estimate import Cost, cost
+from launch.planning.microbatch import Ledger
+from launch.planning.skeleton import Skeletons
 from parallel.collectives import barrier, gather_objects
 from parallel.runtime import Runtime
 

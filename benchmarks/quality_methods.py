@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.runs import Job
 from continual.data import open_data
 from launch.config import load
-from launch.model import build_model, model_config
+from launch.models.model import build_model, model_config
 from relora.convert import to_low_rank
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import load
-from launch.history import read_history
-from launch.run_folder import find
+from launch.reports.history import read_history
+from launch.training.run_folder import find
 
 Curve = list[tuple[int, float]]
 """Tokens seen and validation loss then."""

@@ -17,11 +17,11 @@ from transformers import PretrainedConfig
 from continual.data import Batch
 from continual.method import Term
 from launch.config import TrainConfig, load
-from launch.flops import count_step_flops
-from launch.model import build_model, model_config
-from launch.objective import accumulate, summed_loss
-from launch.phase import Phase, make_engine, make_phase
-from launch.skeleton import step_flops
+from launch.models.model import build_model, model_config
+from launch.planning.flops import count_step_flops
+from launch.planning.skeleton import step_flops
+from launch.training.objective import accumulate, summed_loss
+from launch.training.phase import Phase, make_engine, make_phase
 from parallel.runtime import Runtime
 from relora.convert import low_rank_modules
 from relora.kinds import parameter_kinds

@@ -25,8 +25,8 @@ from benchmarks.parallel_traffic import ALL_REDUCE, ring
 from benchmarks.quality_methods import trainable_parameters
 from benchmarks.runs import RunFailed
 from launch import exits
-from launch.history import read_history
-from launch.readings import amount
+from launch.reports.history import read_history
+from launch.watching.readings import amount
 from relora.errors import ConfigError
 
 _FP32 = 4

@@ -19,9 +19,9 @@ from continual.config import ContinualConfig
 from continual.data import DataConfig
 from continual.methods.registry import METHODS
 from launch.head_rules import check_hosted, check_lte
-from launch.model import ModelConfig
+from launch.models.model import ModelConfig
 from launch.stream_rules import check_stream
-from launch.tracker import TrackerConfig
+from launch.watching.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
 from parallel.zero import ParallelConfig

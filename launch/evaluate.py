@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from continual.data import open_data
 from launch import exits
 from launch.config import TrainConfig, load, load_stored
-from launch.course import model_of_course, open_course
-from launch.model import model_class, model_config
-from launch.objective import ALONE, mean_loss, validation_batches
-from launch.scores import Measuring, scores_of
+from launch.models.model import model_class, model_config
+from launch.training.course import model_of_course, open_course
+from launch.training.objective import ALONE, mean_loss, validation_batches
+from launch.training.scores import Measuring, scores_of
 from launch.usage import asks_for_help
 from relora.errors import ConfigError
 

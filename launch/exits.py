@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from launch.attempt import Outcome, note
+from launch.jobs.attempt import Outcome, note
 from parallel.files import is_disk_error
 from parallel.launchers import rank_in
 from parallel.watchdog import Failure
@@ -45,7 +45,7 @@ def tell(host: str | None, failure: Failure) -> None:
 
 def explain(error: BaseException) -> Failure:
     """An exception as the user should hear of it."""
-    from launch.guard import TrainingDiverged
+    from launch.training.guard import TrainingDiverged
     from parallel.meeting_line import MeetingLost
 
     line = " ".join(str(error).split())  # other libraries' words may come in several lines

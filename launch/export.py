@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from continual.folders import new_folder
 from launch import exits
 from launch.config import Dtype, to_typed
-from launch.console import Console, make_console
-from launch.course import make_method
-from launch.description import description_of
-from launch.forms import Form, Source, check_form, write_adapter, write_model, write_svd
-from launch.snapshot import Snapshot
+from launch.models.description import description_of
+from launch.models.forms import Form, Source, check_form, write_adapter, write_model, write_svd
+from launch.models.snapshot import Snapshot
+from launch.training.course import make_method
 from launch.usage import asks_for_help, field_docs
+from launch.watching.console import Console, make_console
 from parallel.checkpoint import Checkpoint, list_checkpoints, read_checkpoint
 from parallel.files import is_disk_error, share
 from parallel.parts import DamagedCheckpoint

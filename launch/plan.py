@@ -14,14 +14,14 @@ from typing import TypeVar
 
 from continual.tokenizer import BYTES, bpe_vocabulary, byte_tokenizer, encoder_of, load_tokenizer
 from launch import exits
-from launch.comparison import outlooks
 from launch.config import TrainConfig, load
-from launch.console import make_console
-from launch.model import model_config
-from launch.plan_links import study
-from launch.plan_tables import figures, show, show_links
-from launch.skeleton import Skeletons
+from launch.models.model import model_config
+from launch.planning.comparison import outlooks
+from launch.planning.plan_links import study
+from launch.planning.plan_tables import figures, show, show_links
+from launch.planning.skeleton import Skeletons
 from launch.usage import asks_for_help, field_docs
+from launch.watching.console import make_console
 from parallel.link_model import Link
 from relora.errors import ConfigError
 from relora.paths import ForwardPath

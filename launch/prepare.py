@@ -8,9 +8,9 @@ from continual.data import open_data
 from continual.prepare import Progress
 from launch import exits
 from launch.config import load
-from launch.console import Console, Track, make_console
-from launch.course import Row, open_course
+from launch.training.course import Row, open_course
 from launch.usage import asks_for_help
+from launch.watching.console import Console, Track, make_console
 
 _HELP = """\
 usage: accrete prepare [data=OPTION] [data.key=value ...]

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from launch import exits, figures, sync_figures
-from launch.console import Console, SilentConsole, make_console
-from launch.history import History, differences, read_histories
-from launch.readings import cell
-from launch.stream_groups import families, group_streams
-from launch.stream_report import draw_streams, stream_tables
-from launch.stream_tables import markdown
+from launch import exits
+from launch.reports import figures, sync_figures
+from launch.reports.history import History, differences, read_histories
+from launch.reports.stream_groups import families, group_streams
+from launch.reports.stream_report import draw_streams, stream_tables
+from launch.reports.stream_tables import markdown
+from launch.watching.console import Console, SilentConsole, make_console
+from launch.watching.readings import cell
 from relora.errors import ConfigError
 
 _OUTCOME = (

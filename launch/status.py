@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launch import exits
-from launch.attempts import Attempt, Attempts, newest_step
 from launch.config import load_stored
-from launch.readings import duration, perplexity
-from launch.records import Record, read_records
-from launch.sweep import is_sweep, show_sweep
+from launch.jobs.attempts import Attempt, Attempts, newest_step
+from launch.jobs.sweep import is_sweep, show_sweep
+from launch.watching.readings import duration, perplexity
+from launch.watching.records import Record, read_records
 from relora.errors import ConfigError
 
 _RECENT = 20

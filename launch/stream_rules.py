@@ -13,7 +13,7 @@ from relora.lte import Exchange, LteConfig, SyncReset
 
 if TYPE_CHECKING:
     from launch.config import TrainConfig
-    from launch.course import Course
+    from launch.training.course import Course
 
 
 def check_stream(config: TrainConfig, continual: ContinualConfig) -> None:

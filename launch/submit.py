@@ -1,7 +1,7 @@
 """`submit`: has a run, or a sweep of runs, started by torchrun, mpirun or SLURM until all is done.
 
-What can be wrong is looked for before a job waits in a queue: by launch/job.py, and by SLURM when it is asked for its
-opinion. docs/launching.md tells the rest.
+What can be wrong is looked for before a job waits in a queue: by launch/jobs/job.py, and by SLURM when it is asked for
+its opinion. docs/launching.md tells the rest.
 """
 
 import os
@@ -13,11 +13,11 @@ import textwrap
 from collections.abc import Sequence
 
 from launch import exits
-from launch.attempt import VARIABLE
-from launch.job import Job, prepare
-from launch.launcher import LAUNCHERS, SlurmConfig
-from launch.supervise import Supervisor
-from launch.sweep import keep_choices, show_sweep
+from launch.jobs.attempt import VARIABLE
+from launch.jobs.job import Job, prepare
+from launch.jobs.launcher import LAUNCHERS, SlurmConfig
+from launch.jobs.supervise import Supervisor
+from launch.jobs.sweep import keep_choices, show_sweep
 from launch.usage import asks_for_help, keys_help
 from parallel.files import write_atomically
 from relora.errors import ConfigError

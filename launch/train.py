@@ -15,37 +15,37 @@ import torch
 
 from continual.config import ContinualConfig
 from launch import exits
-from launch.attempt import Outcome, StopFile, keep_own_log, note
 from launch.config import TrainConfig, check_mesh, load, resolved
-from launch.console import Console, make_console
-from launch.course import Course, make_method, model_of_course, open_course
-from launch.elastic import begin_state, come, enter
 from launch.environment import environment
-from launch.flops import peak_flops
-from launch.guard import Guard, TrainingDiverged
-from launch.heads import begin_heads
-from launch.loop import evaluate, train, validation_loss
-from launch.model import model_class, save_model
-from launch.pace import cycles
-from launch.phase import hosted_heads, make_engine_of_heads, make_phase
+from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
+from launch.models.model import model_class, save_model
+from launch.planning.flops import peak_flops
+from launch.planning.skeleton import step_flops
 from launch.prepare import following, show_data
-from launch.profiling import profiled
 from launch.report import report
-from launch.resuming import check_course
-from launch.run import Run, measure_update, show_model
-from launch.run_folder import RunFolder, default_folder, find, locked
-from launch.saves import adopt_start, last_checkpoint, load_checkpoint, save_folder, seed_dropout
-from launch.signals import StopRequest, listening
-from launch.skeleton import step_flops
-from launch.spectra import Spectra
-from launch.stage_notes import restore_stages, tell_stream
-from launch.stage_records import stream_of
-from launch.stages import make_trainee, records_of
-from launch.state import RunState
 from launch.stream_rules import check_opened
-from launch.tracker import open_tracker
+from launch.training.course import Course, make_method, model_of_course, open_course
+from launch.training.elastic import begin_state, come, enter
+from launch.training.guard import Guard, TrainingDiverged
+from launch.training.heads import begin_heads
+from launch.training.loop import evaluate, train, validation_loss
+from launch.training.pace import cycles
+from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
+from launch.training.resuming import check_course
+from launch.training.run import Run, measure_update, show_model
+from launch.training.run_folder import RunFolder, default_folder, find, locked
+from launch.training.saves import adopt_start, last_checkpoint, load_checkpoint, save_folder, seed_dropout
+from launch.training.signals import StopRequest, listening
+from launch.training.stages import make_trainee, records_of
+from launch.training.state import RunState
 from launch.usage import asks_for_help, train_help
-from launch.watch import Watch, has_room
+from launch.watching.console import Console, make_console
+from launch.watching.profiling import profiled
+from launch.watching.spectra import Spectra
+from launch.watching.stage_notes import restore_stages, tell_stream
+from launch.watching.stage_records import stream_of
+from launch.watching.tracker import open_tracker
+from launch.watching.watch import Watch, has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads

@@ -1,7 +1,7 @@
 """How many bytes one process holds of a model that an engine trains, by kind. Pure arithmetic.
 
 What each ZeRO stage of DeepSpeed allocates was read in its source and is measured in the tests; settings come from
-`deepspeed_config`, so that a bucket size has one home. Activations are not known here: launch/microbatch.py.
+`deepspeed_config`, so that a bucket size has one home. Activations are not known here: launch/planning/microbatch.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The plain twin of launch/trainee.py: one process, torch's AdamW, no engine. Methods are tested on it first."""
+"""The plain twin of launch/training/trainee.py: one process, torch's AdamW, no engine; methods begin here."""
 
 from contextlib import contextmanager
 

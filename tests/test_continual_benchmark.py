@@ -11,7 +11,7 @@ from benchmarks.outcome import read_document
 from benchmarks.page import BEGIN, END, write_tables
 from launch import exits
 from launch.config import load
-from launch.stage_records import Score, StageRecord
+from launch.watching.stage_records import Score, StageRecord
 from relora.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from benchmarks.quality_methods import trainable_parameters
 from benchmarks.runs import Result
 from launch import exits, train
 from launch.config import load
-from launch.history import History
+from launch.reports.history import History
 from parallel.link_model import Method, Trip
 
 ROOT = Path(__file__).parent.parent

@@ -36,7 +36,7 @@ words=(
 )
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((15000 + SLURM_JOB_ID % 15000))
-exec /env/bin/python -m launch.supervise --run-dir "$run" \
+exec /env/bin/python -m launch.jobs.supervise --run-dir "$run" \
   --attempts 3 --requeue -- \
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
   --kill-on-bad-exit=1 \

@@ -10,7 +10,7 @@ from continual.batches import Batch
 from continual.config import Competing
 from continual.method import Stage, TaskData, TaskKind, Term
 from continual.methods.replay import Replay, ReplayConfig
-from launch.run import Run
+from launch.training.run import Run
 from tests.continual_streams import images, trainee
 
 BATCH = Batch(inputs={}, labels=torch.tensor([0, 3]))

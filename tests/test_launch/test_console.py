@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from launch.console import PlainConsole, RichConsole, SilentConsole, make_console
-from launch.readings import Readings, amount, cell, duration, perplexity
+from launch.watching.console import PlainConsole, RichConsole, SilentConsole, make_console
+from launch.watching.readings import Readings, amount, cell, duration, perplexity
 
 RECORD = {"loss": 3.25, "lr": 1e-3, "tokens_per_second": 12345.6, "memory_bytes": 1.5e9, "mfu": 0.41}
 

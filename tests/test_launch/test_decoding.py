@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from launch import exits, train
-from launch.decoding import continued
+from launch.training.decoding import continued
 
 EOS = 7
 SIZES = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from launch import exits
 from launch.config import load
-from launch.records import read_records
+from launch.watching.records import read_records
 from parallel.ledger import joined
 from relora.errors import ConfigError
 

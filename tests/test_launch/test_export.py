@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from launch import exits, export, snapshot, train
+from launch import exits, export, train
 from launch.config import to_typed
-from launch.description import describe, description_of
-from launch.forms import write_folder
-from launch.model import ModelConfig, build_model, model_config, name_special_tokens, save_model
-from launch.snapshot import Snapshot
+from launch.models import snapshot
+from launch.models.description import describe, description_of
+from launch.models.forms import write_folder
+from launch.models.model import ModelConfig, build_model, model_config, name_special_tokens, save_model
+from launch.models.snapshot import Snapshot
 from parallel.checkpoint import Checkpoint, CheckpointConfig, read_checkpoint
 from parallel.regions import Region, even_range, whole
 from parallel.runtime import start

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.flops import count_step_flops, data_sheet_flops, mfu, peak_flops
+from launch.planning.flops import count_step_flops, data_sheet_flops, mfu, peak_flops
 from relora.convert import LoraConfig, to_low_rank
 
 B, T = 2, 16

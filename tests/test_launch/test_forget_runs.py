@@ -5,9 +5,9 @@ import json
 import pytest
 
 from launch import exits, train
-from launch.history import read_history
-from launch.stage_records import read_stream
-from launch.stream_tables import audit_table, report_table
+from launch.reports.history import read_history
+from launch.reports.stream_tables import audit_table, report_table
+from launch.watching.stage_records import read_stream
 from tests.stream_runs import BATCHES, same_end, steps_of
 
 TASKS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import exits, train
-from launch.records import read_records
+from launch.watching.records import read_records
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

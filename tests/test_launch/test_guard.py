@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from launch.guard import Guard, TrainingDiverged
-from launch.state import RunState
+from launch.training.guard import Guard, TrainingDiverged
+from launch.training.state import RunState
 
 GUARD = Guard(sigma=3.0, window=4, max_skips=3)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from launch import exits, export, train
 from launch.config import load
-from launch.records import read_records
+from launch.watching.records import read_records
 
 HEADS = [
     "lte=heads",
@@ -142,7 +142,7 @@ def test_one_head_is_a_run_of_one_process_whose_export_is_the_merged_model(run, 
 
 def _asked(runtime, overrides):
     """As if the last process had got SIGTERM before its first step."""
-    from launch.signals import StopRequest
+    from launch.training.signals import StopRequest
 
     real = StopRequest.__bool__
     StopRequest.__bool__ = lambda self: runtime.process_rank == runtime.world_size - 1
@@ -162,7 +162,7 @@ def test_a_stop_is_granted_at_the_next_sync(on_processes, tiny, tmp_path):
 
 def _diverging(runtime, overrides):
     """The second head's guard objects to everything."""
-    from launch.guard import Guard
+    from launch.training.guard import Guard
 
     real, watched = Guard.objection, train.watched
     train.watched = lambda *_, **__: nullcontext()  # it would end the process, and with it the pool

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from launch import exits, train
-from launch.guard import Guard
-from launch.records import read_records
+from launch.training.guard import Guard
+from launch.watching.records import read_records
 
 HEADS = [
     "lte=heads",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import exits
-from launch.records import read_records
+from launch.watching.records import read_records
 
 ROOT = Path(__file__).parent.parent.parent
 TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}

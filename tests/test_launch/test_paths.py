@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-import launch.paths
+import launch.training.paths
 from launch import exits, train
 from launch.config import load
 from launch.head_rules import check_hosted
-from launch.records import read_records
+from launch.watching.records import read_records
 from parallel.checkpoint import open_checkpoint
 from relora.choice import LayerShape, measure
 from relora.errors import ConfigError
@@ -43,7 +43,7 @@ def favour(monkeypatch, path, seen=None):
             seen.append(shape)
         return {one: 1.0 - (one == path) / 2 for one in paths}
 
-    monkeypatch.setattr(launch.paths, "measure", pretend)
+    monkeypatch.setattr(launch.training.paths, "measure", pretend)
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -94,7 +94,7 @@ def test_what_auto_has_taken_is_kept_when_the_clock_says_otherwise(tiny, tmp_pat
     assert train.main([*words, "training.stop_after=12"]) == exits.PREEMPTED
     assert len(seen) == 3, "the table is read"
     assert set(kept(tmp_path / "run").values()) == {"merged"}
-    (tmp_path / "cache" / launch.paths.TABLE).unlink()
+    (tmp_path / "cache" / launch.training.paths.TABLE).unlink()
     favour(monkeypatch, ForwardPath.factored, seen)
     assert train.main(words) == exits.DONE
     assert len(seen) == 3
@@ -102,7 +102,7 @@ def test_what_auto_has_taken_is_kept_when_the_clock_says_otherwise(tiny, tmp_pat
 
 
 def test_a_damaged_table_is_measured_anew(tiny, tmp_path, monkeypatch):
-    seen, table = [], tmp_path / "cache" / launch.paths.TABLE
+    seen, table = [], tmp_path / "cache" / launch.training.paths.TABLE
     table.parent.mkdir()
     table.write_text("{")
     favour(monkeypatch, ForwardPath.addmm, seen)

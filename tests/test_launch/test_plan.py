@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from continual.batches import Batch
 from launch import cli, exits
 from launch.config import Dtype, load
-from launch.estimate import Layout, cost, merge_bytes
-from launch.flops import count_step_flops
-from launch.microbatch import Ledger, run_microbatch
-from launch.model import model_config
-from launch.objective import summed_loss
-from launch.phase import make_engine, make_phase
+from launch.models.model import model_config
 from launch.plan import main, parse
-from launch.skeleton import Skeletons
+from launch.planning.estimate import Layout, cost, merge_bytes
+from launch.planning.flops import count_step_flops
+from launch.planning.microbatch import Ledger, run_microbatch
+from launch.planning.skeleton import Skeletons
+from launch.training.objective import summed_loss
+from launch.training.phase import make_engine, make_phase
 from parallel.footprint import Held, Kind, Role
 from parallel.runtime import start
 from relora.convert import prepare_base_

@@ -7,15 +7,15 @@ import torch
 
 from continual.batches import Batch
 from launch import exits, train
-from launch.estimate import Layout, cost
-from launch.microbatch import Ledger, run_microbatch
-from launch.objective import summed_loss
-from launch.phase import make_engine, make_phase
 from launch.plan import main
-from launch.plan_links import study
-from launch.records import read_records
-from launch.skeleton import Skeletons
-from launch.sync_estimate import WORDS
+from launch.planning.estimate import Layout, cost
+from launch.planning.microbatch import Ledger, run_microbatch
+from launch.planning.plan_links import study
+from launch.planning.skeleton import Skeletons
+from launch.planning.sync_estimate import WORDS
+from launch.training.objective import summed_loss
+from launch.training.phase import make_engine, make_phase
+from launch.watching.records import read_records
 from parallel.exchange import HeadExchange
 from parallel.link_model import Link
 from parallel.runtime import start

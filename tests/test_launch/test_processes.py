@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from launch import exits, train
-from launch.records import read_records
+from launch.watching.records import read_records
 
 ROOT = Path(__file__).parent.parent.parent
 _spec = importlib.util.spec_from_file_location("processes", ROOT / "tests" / "processes.py")

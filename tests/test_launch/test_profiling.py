@@ -7,8 +7,8 @@ import pytest
 
 from launch import exits, train
 from launch.config import load
-from launch.profiling import SKIPPED
-from launch.records import read_records
+from launch.watching.profiling import SKIPPED
+from launch.watching.records import read_records
 from relora.errors import ConfigError
 
 

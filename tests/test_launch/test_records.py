@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from launch.records import append_records, read_records, truncate_records
+from launch.watching.records import append_records, read_records, truncate_records
 from relora.errors import ConfigError
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from launch import figures
-from launch.history import differences, flat, read_histories, read_history
-from launch.records import append_records
 from launch.report import main, report
+from launch.reports import figures
+from launch.reports.history import differences, flat, read_histories, read_history
+from launch.watching.records import append_records
 from relora.errors import ConfigError
 from relora.spectrum import effective_rank, singular_values
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch import exits
-from launch.attempts import Attempts
-from launch.job import in_words
-from launch.records import read_records
+from launch.jobs.attempts import Attempts
+from launch.jobs.job import in_words
+from launch.watching.records import read_records
 
 ROOT = Path(__file__).parent.parent.parent
 TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "seconds"}
@@ -196,7 +196,7 @@ def test_of_an_array_only_the_task_that_was_stopped_runs_again(cluster, tmp_path
     for task in ("0", "1"):
         (tmp_path / task).mkdir()
     run = f"{tmp_path}/$SLURM_ARRAY_TASK_ID"
-    line = f"{sys.executable} -m launch.supervise --run-dir {run} --requeue -- bash {tmp_path}/stop.sh {run}"
+    line = f"{sys.executable} -m launch.jobs.supervise --run-dir {run} --requeue -- bash {tmp_path}/stop.sh {run}"
     (tmp_path / "job.sh").write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {line}\n")
     number = cluster.ask("sbatch", "--parsable", "--array=0-1", "--output=/dev/null", str(tmp_path / "job.sh"))
     limit = time.monotonic() + 100
@@ -216,7 +216,7 @@ def test_what_slurm_would_never_start_is_refused_with_its_words(cluster, words, 
 def supervised(cluster, folder, command, *options):
     """A job that supervises no training but a command; its number, once it has begun."""
     script = folder / "job.sh"
-    line = f"{sys.executable} -m launch.supervise --run-dir {folder} --requeue -- {command}"
+    line = f"{sys.executable} -m launch.jobs.supervise --run-dir {folder} --requeue -- {command}"
     script.write_text(f"#!/bin/bash\nexport PYTHONPATH={ROOT}\nexec {line}\n")
     number = cluster.ask("sbatch", "--parsable", *options, str(script))
     limit = time.monotonic() + 60

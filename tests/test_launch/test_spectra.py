@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from launch.records import read_records, truncate_records
-from launch.spectra import KEPT_VALUES, Spectra, StartWeights, select_modules
+from launch.watching.records import read_records, truncate_records
+from launch.watching.spectra import KEPT_VALUES, Spectra, StartWeights, select_modules
 from parallel.runtime import Runtime
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
 from relora.errors import ConfigError

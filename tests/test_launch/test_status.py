@@ -3,9 +3,9 @@
 import pytest
 
 from launch import exits, status, train
-from launch.attempt import Outcome
-from launch.attempts import Attempts
-from launch.run_folder import locked
+from launch.jobs.attempt import Outcome
+from launch.jobs.attempts import Attempts
+from launch.training.run_folder import locked
 
 
 @pytest.fixture

@@ -84,8 +84,8 @@ def test_a_fold_leaves_the_outputs_as_they_are_and_tells_when_it_does_not(
 
     assert difference(tmp_path / "sound") < rounding
     assert "do not trust" not in capsys.readouterr().out
-    monkeypatch.setattr("launch.stages.fold", _losing)
-    monkeypatch.setattr("launch.fold_check.ALLOWED", {torch.float32: 1e-3, torch.bfloat16: 0.03})
+    monkeypatch.setattr("launch.training.stages.fold", _losing)
+    monkeypatch.setattr("launch.training.fold_check.ALLOWED", {torch.float32: 1e-3, torch.bfloat16: 0.03})
     assert difference(tmp_path / "broken") > 0.03
     assert "do not trust this task's model" in " ".join(capsys.readouterr().out.split())
 

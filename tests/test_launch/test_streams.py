@@ -4,18 +4,18 @@ import math
 
 import pytest
 
-from launch import stream_figures
-from launch.console import SilentConsole
-from launch.history import read_histories, read_history
-from launch.records import append_records
 from launch.report import report
-from launch.stage_notes import note_stage, restore_stages
-from launch.stage_records import Score, StageRecord, read_stream, stream_of
-from launch.stream_groups import group_streams
-from launch.stream_heat import matrix_figure
-from launch.stream_tables import audit_table, matrix_table, outcome_table
-from launch.tracker import Tracker
-from launch.watch import Watch
+from launch.reports import stream_figures
+from launch.reports.history import read_histories, read_history
+from launch.reports.stream_groups import group_streams
+from launch.reports.stream_heat import matrix_figure
+from launch.reports.stream_tables import audit_table, matrix_table, outcome_table
+from launch.watching.console import SilentConsole
+from launch.watching.records import append_records
+from launch.watching.stage_notes import note_stage, restore_stages
+from launch.watching.stage_records import Score, StageRecord, read_stream, stream_of
+from launch.watching.tracker import Tracker
+from launch.watching.watch import Watch
 
 ROWS = [[0.1, 0.1], [0.9, 0.2], [0.6, 0.8]]
 

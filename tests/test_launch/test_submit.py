@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from launch import exits, status, submit, train
-from launch.attempt import VARIABLE, Outcome, StopFile, keep_own_log, note, outcome_in
-from launch.attempts import Attempt, Attempts, Next, decide, newest_step
 from launch.config import CONF, load
-from launch.job import in_words
-from launch.launcher import LAUNCHERS, load_launcher
-from launch.records import read_records
-from launch.supervise import Supervisor
+from launch.jobs.attempt import VARIABLE, Outcome, StopFile, keep_own_log, note, outcome_in
+from launch.jobs.attempts import Attempt, Attempts, Next, decide, newest_step
+from launch.jobs.job import in_words
+from launch.jobs.launcher import LAUNCHERS, load_launcher
+from launch.jobs.supervise import Supervisor
 from launch.usage import field_docs
+from launch.watching.records import read_records
 from relora.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,7 +72,7 @@ def test_the_shell_gives_the_processes_the_words_as_they_were(capsys, monkeypatc
     words = [f"run.name={in_words(NAME)}", "run.dir=runs/one two", "launcher=slurm", "launcher.start=srun"]
     monkeypatch.chdir(tmp_path)
     assert submit.main([*words, "--dry-run"]) == exits.DONE
-    script = capsys.readouterr().out.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
+    script = capsys.readouterr().out.replace(f"exec {sys.executable} -m launch.jobs.supervise", "exec printf '%s\\0'")
     environment = {**os.environ, "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
@@ -123,7 +123,7 @@ def test_a_sweep_is_every_combination_and_a_job_array_picks_its_words(capsys, mo
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-3%2\n" in script
     assert "#SBATCH --output=slurm-%A_%a.log\n" in script
-    script = script.replace(f"exec {sys.executable} -m launch.supervise", "exec printf '%s\\0'")
+    script = script.replace(f"exec {sys.executable} -m launch.jobs.supervise", "exec printf '%s\\0'")
     picked = []
     for task in range(4):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1"}
@@ -258,14 +258,14 @@ def test_a_signal_becomes_a_file_that_the_run_sees(tmp_path):
 
 
 def test_a_launcher_that_lingers_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.supervise._LINGER_SECONDS", 0.3)
+    monkeypatch.setattr("launch.jobs.supervise._LINGER_SECONDS", 0.3)
     began = time.monotonic()
     assert attempt_that(tmp_path, 'echo \'{"code": 0}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 60').work() == 0
     assert time.monotonic() - began < 20
 
 
 def test_a_launcher_that_restarts_processes_is_let_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.supervise._LINGER_SECONDS", 0.3)
+    monkeypatch.setattr("launch.jobs.supervise._LINGER_SECONDS", 0.3)
     script = 'echo \'{"code": 1}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 1.5; rm "$ACCRETE_ATTEMPT/outcome.json"'
     supervisor = Supervisor(tmp_path, ["bash", "-c", script], limit=1, job=None, restarts=True)
     assert supervisor.work() == exits.DONE
@@ -279,7 +279,7 @@ def test_the_last_outcome_counts_and_other_ranks_have_their_own_logs(tmp_path, m
     assert outcome_in(tmp_path) == Outcome(code=exits.PREEMPTED, reason="x", again=False)
     keep_own_log(os.environ, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"]
-    told = "import os; from launch.attempt import keep_own_log; keep_own_log(os.environ, 3); os.system('echo x')"
+    told = "import os; from launch.jobs.attempt import keep_own_log; keep_own_log(os.environ, 3); os.system('echo x')"
     subprocess.run([sys.executable, "-c", told], cwd=ROOT, check=True)
     assert next(tmp_path.glob("rank_00003.*.log")).read_text() == "x\n"
     stop = StopFile(os.environ)

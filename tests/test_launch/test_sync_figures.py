@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from launch import figures, sync_figures
-from launch.history import read_history
-from launch.records import append_records
 from launch.report import report
+from launch.reports import figures, sync_figures
+from launch.reports.history import read_history
+from launch.watching.records import append_records
 
 
 @pytest.fixture

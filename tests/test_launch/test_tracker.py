@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.tracker import Tracker, TrackerConfig, TrackerMode, WandbTracker, _modes, open_tracker
+from launch.watching.tracker import Tracker, TrackerConfig, TrackerMode, WandbTracker, _modes, open_tracker
 from relora.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ ATTEMPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from launch.tracker import TrackerConfig, open_tracker
+from launch.watching.tracker import TrackerConfig, open_tracker
 
 folder, run_id, first = Path(sys.argv[1]), sys.argv[2] or None, int(sys.argv[3])
 tracker = open_tracker(
@@ -177,7 +177,7 @@ def test_without_an_answer_from_the_server_the_run_is_tracked_offline_under_its_
     code = """
 import sys
 from pathlib import Path
-from launch.tracker import TrackerConfig, open_tracker
+from launch.watching.tracker import TrackerConfig, open_tracker
 config = TrackerConfig(mode="online", init_timeout_seconds=2)
 said = []
 tracker = open_tracker(config, run_dir=Path(sys.argv[1]), run_name="x", resolved={}, run_id="abcd1234", say=said.append)
@@ -198,7 +198,7 @@ def test_a_folder_that_cannot_be_written_only_ends_the_tracking(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from launch.tracker import TrackerConfig, open_tracker
+from launch.watching.tracker import TrackerConfig, open_tracker
 config = TrackerConfig(mode="offline", dir=sys.argv[1])
 tracker = open_tracker(config, run_dir=Path(sys.argv[1]), run_name="x", resolved={}, run_id=None, say=print)
 tracker.log({"step": 1})

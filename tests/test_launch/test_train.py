@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch import exits, train
 from launch.config import load
 from launch.evaluate import evaluate_folder
-from launch.records import read_records
+from launch.watching.records import read_records
 from relora.convert import low_rank_modules
 from relora.spectrum import numerical_rank, singular_values
 
@@ -187,7 +187,7 @@ def test_a_run_branches_off_a_checkpoint_of_another_one(tiny, undisturbed, capsy
 
 
 def test_a_second_process_cannot_train_in_the_same_folder(tiny, capsys):
-    from launch.run_folder import locked
+    from launch.training.run_folder import locked
 
     with locked(folder_of(tiny)):
         assert run(tiny) == exits.REFUSED

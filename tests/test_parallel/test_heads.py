@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from continual.batches import Batch
 from continual.method import Term
-from launch.objective import accumulate
+from launch.training.objective import accumulate
 from parallel.engine import Engine
 from parallel.exchange import HeadExchange
 from parallel.hosted import HostedEngine

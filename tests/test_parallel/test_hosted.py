@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from continual.batches import Batch
 from continual.method import Term
-from launch.objective import accumulate, mean_loss, side_by_side
+from launch.training.objective import accumulate, mean_loss, side_by_side
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
 from parallel.zero import ParallelConfig

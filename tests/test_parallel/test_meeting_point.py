@@ -256,7 +256,7 @@ def test_ranges_of_a_lease_are_cut_step_by_step():
 
 @dataclass
 class Job:
-    """A head as launch/elastic.py drives it, whose change is the set of positions in it."""
+    """A head as launch/training/elastic.py drives it, whose change is the set of positions in it."""
 
     pace: float
     incarnation: str

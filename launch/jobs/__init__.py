@@ -1,0 +1,1 @@
+"""Runs as jobs: composed, written as scripts, started, supervised, started again."""

@@ -1,0 +1,134 @@
+"""The SLURM job script of a run: a pure function from settings to text that a reader can follow and sbatch can take.
+
+What users name freely (paths, run names, values) stands in single quotes of the shell; what stands in #SBATCH lines,
+which SLURM reads by rules of its own, is restricted by launch/jobs/launcher.py.
+"""
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.jobs.launcher import SlurmConfig, Start
+from launch.jobs.network import network_settings
+
+_PORTS = "15000 + SLURM_JOB_ID % 15000"
+"""Below Linux's ephemeral ports (32768), which other programs are given at random."""
+
+
+def job_script(
+    config: SlurmConfig,
+    runs: Sequence[tuple[list[str], Path]],
+    *,
+    array: bool,
+    name: str,
+    here: Path,
+    python: str,
+    interpreter: str,
+) -> str:
+    """The script; it must be submitted from the folder that its log belongs into.
+
+    Args:
+        runs: overrides of `accrete train`, run.dir among them, and the run folder; one, or with `array` any number.
+        here: where training runs, so that relative paths mean what they meant to the user.
+        python: the interpreter of the training processes.
+        interpreter: a Python for the supervisor, which needs no packages.
+    """
+    parts = [
+        "#!/bin/bash",
+        *_header(config, name, f"0-{len(runs) - 1}" if array else None),
+        "",
+        f"cd -- {shlex.quote(str(here))} || exit",
+        *_environment(config),
+        "",
+        *(_of_array(runs) if array else _run(*runs[0])),
+        *_meeting(config),
+        f'exec {shlex.quote(interpreter)} -m launch.jobs.supervise --run-dir "$run" \\',
+        f"  --attempts {config.attempts}{' --requeue' if config.requeue else ''} -- \\",
+        *_command(config, shlex.quote(python)),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _run(words: Sequence[str], run_dir: Path) -> list[str]:
+    return [f"run={shlex.quote(str(run_dir))}", "words=(", *(f"  {shlex.quote(word)}" for word in words), ")"]
+
+
+def _of_array(runs: Sequence[tuple[list[str], Path]]) -> list[str]:
+    lines = ['case "$SLURM_ARRAY_TASK_ID" in']
+    for number, (words, run_dir) in enumerate(runs):
+        lines += [f"  {number})", *(f"    {line}" for line in _run(words, run_dir)), "    ;;"]
+    return [*lines, "esac"]
+
+
+def _header(config: SlurmConfig, name: str, array: str | None) -> list[str]:
+    nodes = f"{config.least_nodes}-{config.nodes}" if config.least_nodes is not None else str(config.nodes)
+    tasks = 1 if config.start is Start.torchrun else config.node_processes
+    options: list[tuple[str, str | int | None]] = [
+        ("job-name", re.sub(r"[^A-Za-z0-9_.-]", "_", name)),
+        ("nodes", nodes),
+        ("ntasks-per-node", tasks),
+        ("cpus-per-task", config.cpus_per_node and max(1, config.cpus_per_node // tasks)),
+        ("gpus-per-node", config.gpus_per_node),
+        ("mem", config.memory),
+        ("partition", config.partition),
+        ("account", config.account),
+        ("qos", config.qos),
+        ("time", config.time),
+        ("constraint", config.constraint),
+        ("exclude", config.exclude),
+        ("array", array and (f"{array}%{config.concurrent}" if config.concurrent is not None else array)),
+        ("signal", f"B:USR1@{config.signal_seconds}"),
+        ("output", "slurm-%j.log" if array is None else "slurm-%A_%a.log"),
+        ("open-mode", "append"),
+    ]
+    lines = [f"#SBATCH --{option}={value}" for option, value in options if value is not None]
+    lines.append("#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue")
+    return lines + [f"#SBATCH {option}" for option in config.sbatch]
+
+
+def _environment(config: SlurmConfig) -> list[str]:
+    lines = [f"module load {shlex.quote(module)}" for module in config.modules]
+    lines += config.setup
+    if config.cpus_per_node is not None:
+        lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from the job')
+        threads = max(1, config.cpus_per_node // config.node_processes)
+        lines.append(f"export OMP_NUM_THREADS={threads}  # the cores of a process")
+    network = network_settings(
+        interface=config.interface,
+        infiniband=config.infiniband,
+        gpus=config.gpus_per_node is not None,
+        torchrun=config.start is Start.torchrun,
+        grace_seconds=config.signal_seconds,
+    )
+    lines += [f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in network]
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in (config.environment or {}).items()]
+
+
+def _meeting(config: SlurmConfig) -> list[str]:
+    if config.start is not Start.torchrun:
+        return []
+    return ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', f"port=$(({_PORTS}))"]
+
+
+def _command(config: SlurmConfig, python: str) -> list[str]:
+    tasks = 1 if config.start is Start.torchrun else config.node_processes
+    count = "SLURM_JOB_NUM_NODES" if tasks == 1 else f"((SLURM_JOB_NUM_NODES * {tasks}))"
+    lines = [
+        f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="${count}" --ntasks-per-node={tasks}',
+        "--kill-on-bad-exit=1" + (" --mpi=pmix" if config.start is Start.pmix else ""),
+    ]
+    if config.container_image is not None:
+        lines.append(f"--container-image={shlex.quote(config.container_image)}")
+    if config.container_mounts:
+        lines.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
+    if config.start is Start.torchrun:
+        lines += [
+            f'{python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES"',
+            f"--nproc-per-node={config.node_processes} --max-restarts=0",
+            '--rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID"',
+            '-m launch.train "${words[@]}"',
+        ]
+    else:
+        lines.append(f'{python} -m launch.train "${{words[@]}}"')
+    return [*(f"  {line} \\" for line in lines[:-1]), f"  {lines[-1]}"]

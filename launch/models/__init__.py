@@ -1,0 +1,1 @@
+"""Models on disk: read from Hugging Face folders and checkpoints, and written as such."""

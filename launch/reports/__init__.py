@@ -1,0 +1,1 @@
+"""What run folders tell afterwards: read, compared and drawn."""

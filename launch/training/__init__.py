@@ -1,0 +1,1 @@
+"""A run at work: its phases and stages, the loop, heads, checkpoints."""
