@@ -113,3 +113,21 @@ def tiny_in(runtime, corpus):
 def tiny(tiny_in, tmp_path):
     """Those overrides, for the folder `run` of a test."""
     return tiny_in(tmp_path / "run")
+
+
+LONG = ["test_slurm.py", "test_submit.py", "test_elastic.py", "test_kill.py", "test_launch/test_processes.py",
+        "test_launch/test_heads.py", "test_train.py", "test_parallel/test_heads.py", "test_stream_layouts.py",
+        "test_layouts.py"]  # fmt: skip
+"""Files of minutes, begun first: no worker of xdist has one of them left when the other is done."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from beginning with the files of most tests, which are the quick ones."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: next((places[name] for name in LONG if str(item.path).endswith(name)), len(LONG)))
