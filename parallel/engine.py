@@ -360,7 +360,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def _no_reports_of_memory() -> Iterator[None]:
     """DeepSpeed's bf16 optimizer prints the memory in use a dozen times, and collects garbage for each figure."""
-    module = importlib.import_module("deepspeed.runtime.utils")
+    module: Any = importlib.import_module("deepspeed.runtime.utils")
     kept, module.gc = module.gc, SimpleNamespace(collect=lambda: 0)
     try:
         with redirect_stdout(io.StringIO()):
