@@ -20,7 +20,6 @@ from launch.environment import environment
 from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.planning.flops import peak_flops
-from launch.planning.skeleton import step_flops
 from launch.prepare import following, show_data
 from launch.report import report
 from launch.stream_rules import check_opened
@@ -38,6 +37,7 @@ from launch.training.saves import adopt_start, last_checkpoint, load_checkpoint,
 from launch.training.signals import StopRequest, listening
 from launch.training.stages import make_trainee, records_of
 from launch.training.state import RunState
+from launch.training.transition import note_flops
 from launch.usage import asks_for_help, train_help
 from launch.watching.console import Console, make_console
 from launch.watching.profiling import profiled
@@ -137,11 +137,12 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         state=state,
         guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
+        watch=_watch(config, course, folder, console, runtime),
         stop=stop,
         spectra=_spectra(config, folder),
         elastic=elastic,
     )
+    note_flops(run)
     run.trainee = make_trainee(run)
     begin_heads(run)
     _introduce(run)
@@ -354,9 +355,7 @@ def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
 
 
-def _watch(
-    config: TrainConfig, course: Course, folder: RunFolder, console: Console, runtime: Runtime, flops: int
-) -> Watch:
+def _watch(config: TrainConfig, course: Course, folder: RunFolder, console: Console, runtime: Runtime) -> Watch:
     tracker = open_tracker(
         config.tracker if runtime.is_main else None,
         run_dir=folder.path,
@@ -367,15 +366,16 @@ def _watch(
     )
     if tracker.run_id is not None:
         folder.write_tracker_id(tracker.run_id)
-    peak = config.training.peak_flops or peak_flops(runtime.device, config.torch_dtype)[0]
+    peak = config.training.peak_flops
+    if peak is None and runtime.is_main:
+        peak = peak_flops(runtime.device, config.torch_dtype)[0]
     return Watch(
         metrics=folder.metrics if runtime.is_main else None,
         console=console,
         tracker=tracker,
         device=runtime.device,
         log_every=config.run.log_every,
-        flops_per_step=flops,
-        peak_flops=peak * runtime.world_size,
+        peak_flops=None if peak is None else peak * runtime.world_size,
         cycles=None if course.is_stream else cycles(config, course.stages[0]),
     )
 

@@ -10,10 +10,11 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -356,6 +357,18 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
+@contextmanager
+def _no_reports_of_memory() -> Iterator[None]:
+    """DeepSpeed's bf16 optimizer prints the memory in use a dozen times, and collects garbage for each figure."""
+    module: Any = importlib.import_module("deepspeed.runtime.utils")
+    kept, module.gc = module.gc, SimpleNamespace(collect=lambda: 0)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        module.gc = kept
+
+
 def _initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -373,7 +386,7 @@ def _initialize(
     warnings.filterwarnings("ignore", r"`torch.distributed.*is deprecated", FutureWarning)
     # Built from source on first use, for minutes, and it ignores process groups.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory in use a dozen times
+    with _no_reports_of_memory():
         if settings.get("zero_optimization", {}).get("stage") == 3:
             # Left to the engine, the whole model would be on the device before it is partitioned.
             deepspeed.zero.Init(

@@ -1,4 +1,4 @@
-"""`train` on a slow disk, to be killed while it writes: `python tests/training.py SECONDS key=value ...`."""
+"""`train` on a slow disk, to be killed while it writes; its words are SECONDS key=value ..."""
 
 import sys
 import time
@@ -17,7 +17,3 @@ def main() -> int:
 
     parts.save_file = slow
     return train.main(sys.argv[2:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

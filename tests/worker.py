@@ -1,13 +1,14 @@
 """One process of a pool that tests run functions on: joins the group, then takes jobs from a pipe until it closes."""
 
 import faulthandler
-import gc
 import importlib.util
 import os
 import pickle
 import sys
 import traceback
 from pathlib import Path
+
+from parallel.runtime import start
 
 
 def load(path: str):
@@ -25,8 +26,6 @@ def main() -> None:
     faulthandler.enable()
     jobs, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    from parallel.runtime import start
-
     with start() as runtime:
         while True:
             try:
@@ -34,16 +33,9 @@ def main() -> None:
             except EOFError:
                 break
             try:
-                task = getattr(load(path), function)
-                if not gc.get_freeze_count():
-                    gc.freeze()  # as in tests/conftest.py, but once: some tasks count what is alive
-                answer = (True, task(runtime, *arguments))
+                answer = (True, getattr(load(path), function)(runtime, *arguments))
             except BaseException:  # noqa: BLE001  (told to the test, whatever it is)
                 answer = (False, traceback.format_exc())
             pickle.dump(answer, answers)
             answers.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

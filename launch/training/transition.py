@@ -35,8 +35,14 @@ def begin_low_rank(run: Run) -> None:
     run.engine = make_engine_of_heads(phase, run.config, run.runtime, run.state.paths)
     begin_heads(run)
     load_checkpoint(run, checkpoint)
-    run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)
+    note_flops(run)
     show_model(run)
     if run.config.run.save_start:
         save_folder(run, "start", checkpoint, torch.float32)
     checkpoint.close()
+
+
+def note_flops(run: Run) -> None:
+    """Count what an update of this phase executes, for the main process, which alone has an audience."""
+    if run.runtime.is_main:
+        run.watch.flops_per_step = step_flops(run.config, run.hf_config, run.state.step, run.watch.say)

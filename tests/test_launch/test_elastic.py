@@ -35,29 +35,6 @@ HEADS = [
 SECONDS = 90
 
 
-@pytest.fixture(scope="module")
-def forker():
-    """A process that starts jobs without importing everything again."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/jobs.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    )
-
-    def ask(*words):
-        process.stdin.write("\t".join(words) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
-
-    yield ask
-    process.stdin.close()
-    process.wait(10.0)
-
-
 @pytest.fixture
 def jobs(forker, tiny, tmp_path):
     """Start a job in the folder `name`; returns its process id. What still runs at the end is killed."""
@@ -68,18 +45,15 @@ def jobs(forker, tiny, tmp_path):
 
     def start(name, *words):
         line = [*left, *HEADS, f"run.dir={tmp_path / name}", *words]
-        started[name] = forker(str(tmp_path / name), *line)
-        return started[name]
+        (tmp_path / name).mkdir(exist_ok=True)
+        with (tmp_path / name / "log").open("ab") as log:
+            started[name] = forker.start("launch.train:main", line, stdout=log, stderr=log)
+        return started[name].pid
 
-    def end(name):
-        code = forker("wait", str(tmp_path / name))
-        del started[name]
-        return code
-
-    yield start, end
-    for name, job in list(started.items()):
-        os.kill(job, signal.SIGKILL)
-        end(name)
+    yield start, lambda name: started[name].wait()
+    for job in started.values():
+        job.kill()
+        job.wait()
 
 
 @pytest.fixture

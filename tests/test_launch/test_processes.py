@@ -1,22 +1,14 @@
 """Whole runs on several processes: the same numbers on every layout, resumed on any, killed anywhere."""
 
-import importlib.util
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from launch import exits, train
 from launch.watching.records import read_records
-
-ROOT = Path(__file__).parent.parent.parent
-_spec = importlib.util.spec_from_file_location("processes", ROOT / "tests" / "processes.py")
-processes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(processes)
+from tests.processes import environment_of, free_port
 
 SMOOTH = "optimizer.eps=0.0001"  # Adam amplifies rounding of gradients near eps by lr / eps
 LAYOUTS = {
@@ -34,19 +26,38 @@ def _train(_, overrides):
     return train.main(overrides)
 
 
-@pytest.fixture
-def run(on_processes, tiny, tmp_path):
-    """Train in the folder `name` on a layout, on real processes; returns the exit code."""
+@pytest.fixture(scope="module")
+def run_in(on_processes, tiny_in):
+    """Train in a folder on a layout, on real processes; returns the exit code."""
 
-    def call(name, layout, *overrides):
+    def call(folder, layout, *overrides):
         count, words = LAYOUTS[layout]
-        line = [word for word in tiny if not word.startswith("run.dir")]
-        line += [SMOOTH, f"run.dir={tmp_path / name}", *words, *overrides]
+        line = [*tiny_in(folder), SMOOTH, *words, *overrides]
         codes = set(on_processes(_train, count, line)) if count > 1 else {train.main(line)}
         assert len(codes) == 1
         return codes.pop()
 
     return call
+
+
+@pytest.fixture
+def run(run_in, tmp_path):
+    """Train in the folder `name` of the test."""
+    return lambda name, *words: run_in(tmp_path / name, *words)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_in, tmp_path_factory):
+    """A function that gives the folder of a whole run on a layout, made when it is first asked for."""
+    root, done = tmp_path_factory.mktemp("undisturbed"), set()
+
+    def folder(layout):
+        if layout not in done:
+            assert run_in(root / layout, layout) == exits.DONE
+            done.add(layout)
+        return root / layout
+
+    return folder
 
 
 def _steps(folder):
@@ -76,27 +87,23 @@ def _assert_same_run(folder, other, tolerance):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
-def test_every_layout_gives_the_numbers_of_one_process(run, tmp_path, layout):
-    assert run("one", "one") == exits.DONE
-    assert run(layout, layout) == exits.DONE
-    _assert_same_run(tmp_path / layout, tmp_path / "one", 1e-5)
-    assert (tmp_path / layout / "spectra.jsonl").read_text().count("\n") == (
-        tmp_path / "one/spectra.jsonl"
-    ).read_text().count("\n")
+def test_every_layout_gives_the_numbers_of_one_process(undisturbed, layout):
+    many, one = undisturbed(layout), undisturbed("one")
+    _assert_same_run(many, one, 1e-5)
+    rows = [(folder / "spectra.jsonl").read_text().count("\n") for folder in (many, one)]
+    assert rows[0] == rows[1]
 
 
-def test_a_run_goes_on_on_any_other_layout_as_if_nothing_had_happened(run, tmp_path):
-    assert run("one", "one") == exits.DONE
+def test_a_run_goes_on_on_any_other_layout_as_if_nothing_had_happened(run, undisturbed, tmp_path):
     chain = [("zero2", 3), ("one", 7), ("zero3", 11), ("tensor2", 13), ("zero3-tensor2", 17), ("zero2", None)]
     for layout, stop in chain:  # in the warm start, in each cycle, at a restart's distance
         words = [] if stop is None else [f"training.stop_after={stop}"]
         assert run("chain", layout, *words) == (exits.DONE if stop is None else exits.PREEMPTED)
     assert [r["step"] for r in _events(tmp_path / "chain", "resume")] == [3, 7, 11, 13, 17]
-    _assert_same_run(tmp_path / "chain", tmp_path / "one", 1e-5)
+    _assert_same_run(tmp_path / "chain", undisturbed("one"), 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["zero2", "zero3-tensor2"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("layout", "dtype"), [("zero2", "bf16"), ("zero3-tensor2", "bf16"), ("zero3-tensor2", "fp32")])
 def test_a_run_resumed_on_its_own_layout_is_bitwise_the_same(run, tmp_path, layout, dtype):
     words = [f"training.dtype={dtype}", "lora.dropout=0.1"]
     assert run("whole", layout, *words) == exits.DONE
@@ -120,17 +127,16 @@ def test_the_model_at_the_end_is_the_one_that_was_trained_and_start_the_one_it_b
 class Job:
     """A run of several processes without a launcher, as srun would leave it."""
 
-    def __init__(self, tmp_path, count, overrides, slow=0.0, further=()):
+    def __init__(self, forker, tmp_path, count, overrides, slow=0.0, further=()):
         """`further` are words for the last process alone."""
-        port = processes.free_port()
-        command = [sys.executable, str(ROOT / "tests" / "training.py"), str(slow), *overrides]
+        port, command = free_port(), [str(slow), *overrides]
         self.outputs = [tmp_path / f"output-{rank}" for rank in range(count)]
         self.processes = []
         for rank, output in enumerate(self.outputs):
-            environment = processes.environment_of(rank, count, port)
+            around = {"environment": environment_of(rank, count, port), "folder": tmp_path}
             words = [*command, *further] if rank == count - 1 else command
             with output.open("w") as file:
-                self.processes.append(subprocess.Popen(words, stdout=file, stderr=file, env=environment, cwd=tmp_path))
+                self.processes.append(forker.start("tests.training:main", words, stdout=file, stderr=file, **around))
 
     def wait(self, seconds):
         """Exit codes, once all have ended."""
@@ -155,16 +161,16 @@ def _until(condition, job, seconds=60.0):
         time.sleep(0.02)
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_once_and_nothing_is_written(tiny, tmp_path):
-    job = Job(tmp_path, 2, [*tiny, f"run.dir={tmp_path / 'refused'}", "training.global_batch_size=5"])
+def test_a_batch_that_the_processes_cannot_share_is_refused_once_and_nothing_is_written(forker, tiny, tmp_path):
+    job = Job(forker, tmp_path, 2, [*tiny, f"run.dir={tmp_path / 'refused'}", "training.global_batch_size=5"])
     assert job.wait(60.0) == [exits.REFUSED] * 2
     assert job.said().count("error:") == 1, job.said()
     assert "training.global_batch_size must be a multiple of the 2 processes" in job.said()
     assert not (tmp_path / "refused").exists()
 
 
-def test_processes_with_different_configurations_are_refused_once_and_nothing_is_written(tiny, tmp_path):
-    job = Job(tmp_path, 2, [*tiny, f"run.dir={tmp_path / 'refused'}"], further=["optimizer.lr=0.02"])
+def test_processes_with_different_configurations_are_refused_once_and_nothing_is_written(forker, tiny, tmp_path):
+    job = Job(forker, tmp_path, 2, [*tiny, f"run.dir={tmp_path / 'refused'}"], further=["optimizer.lr=0.02"])
     assert job.wait(60.0) == [exits.REFUSED] * 2
     assert job.said().count("error:") == 1, job.said()
     assert "the configuration must be the same on all 2 processes" in job.said()
@@ -172,12 +178,12 @@ def test_processes_with_different_configurations_are_refused_once_and_nothing_is
 
 
 @pytest.mark.parametrize(("moment", "victim"), [("in a step", 2), ("in a save", 0)])
-def test_a_killed_process_ends_the_run_with_one_message_and_the_next_start_resumes(run, tiny, tmp_path, moment, victim):
-    assert run("undisturbed", "zero3") == exits.DONE
+def test_a_killed_process_ends_the_run_with_one_message_and_the_next_start_resumes(
+    forker, run, undisturbed, tiny_in, tmp_path, moment, victim
+):
     folder = tmp_path / "killed"
-    line = [word for word in tiny if not word.startswith("run.dir")]
-    line += [SMOOTH, f"run.dir={folder}", "parallel=zero3"]
-    job = Job(tmp_path, 4, line, slow=0.0 if moment == "in a step" else 0.6)
+    line = [*tiny_in(folder), SMOOTH, "parallel=zero3"]
+    job = Job(forker, tmp_path, 4, line, slow=0.0 if moment == "in a step" else 0.6)
     try:
         if moment == "in a step":
             _until(lambda: (folder / "metrics.jsonl").exists() and len(_steps(folder)) >= 9, job)
@@ -199,4 +205,4 @@ def test_a_killed_process_ends_the_run_with_one_message_and_the_next_start_resum
     assert "start the same command again" in reports[0]
     assert run("killed", "zero3") == exits.DONE
     assert _events(folder, "resume")
-    _assert_same_run(folder, tmp_path / "undisturbed", 0.0)
+    _assert_same_run(folder, undisturbed("zero3"), 0.0)

@@ -38,12 +38,12 @@ def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.fixture
-def undisturbed(tiny, tmp_path):
-    """The folder of an uninterrupted run."""
-    other = [*tiny, f"run.dir={tmp_path / 'undisturbed'}"]
-    assert run(other) == exits.DONE
-    return folder_of(other)
+@pytest.fixture(scope="module")
+def undisturbed(tiny_in, tmp_path_factory):
+    """The folder of an uninterrupted run, only to be read."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(tiny_in(folder)) == exits.DONE
+    return folder
 
 
 def test_a_run_learns_restarts_and_leaves_everything_it_promises(tiny, tmp_path, capsys):
@@ -66,10 +66,8 @@ def test_a_run_learns_restarts_and_leaves_everything_it_promises(tiny, tmp_path,
         assert (folder / name).is_file(), name
 
 
-def test_the_final_model_loads_alone_gives_the_same_loss_and_generates(tiny):
-    assert run(tiny) == exits.DONE
-    folder = folder_of(tiny)
-    config = load(tiny)
+def test_the_final_model_loads_alone_gives_the_same_loss_and_generates(tiny, undisturbed):
+    folder, config = undisturbed, load(tiny)
     assert evaluate_folder(config, str(folder / "final"))["val_loss"] == pytest.approx(
         summary(folder)["val_loss"], abs=1e-6
     )
@@ -144,12 +142,11 @@ def test_restarts_make_a_difference_and_plain_lora_stays_at_its_rank(tiny, tmp_p
     assert 4 < ranks["relora"] <= 4 * 4  # three restarts in 20 steps
 
 
-def test_a_finished_run_is_not_trained_again(tiny, capsys):
-    assert run(tiny) == exits.DONE
-    before = (folder_of(tiny) / "metrics.jsonl").read_bytes()
-    assert run(tiny) == exits.DONE
+def test_a_finished_run_is_not_trained_again(tiny_in, undisturbed, capsys):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert run(tiny_in(undisturbed)) == exits.DONE
     assert "done already" in capsys.readouterr().out
-    assert (folder_of(tiny) / "metrics.jsonl").read_bytes() == before
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_run_ends_as_if_nothing_had_happened(tiny, undisturbed, capsys):
@@ -216,7 +213,7 @@ def test_a_full_disk_ends_with_one_message_and_the_run_continues_later(tiny, und
 
 
 def test_a_spike_is_skipped_reported_and_too_many_end_the_run(tiny, monkeypatch, capsys):
-    from launch import loop
+    from launch.training import loop
 
     real, count = loop.accumulate, []
 
@@ -304,9 +301,8 @@ def test_spectra_are_measured_at_each_restart_and_at_the_end(tiny):
     assert max(last) > 4
 
 
-def test_the_executed_flops_fall_when_the_warm_start_ends(tiny):
-    assert run(tiny) == exits.DONE
-    lines = [r for r in read_records(folder_of(tiny) / "metrics.jsonl") if "flops_per_second" in r]
+def test_the_executed_flops_fall_when_the_warm_start_ends(undisturbed):
+    lines = [r for r in read_records(undisturbed / "metrics.jsonl") if "flops_per_second" in r]
     tokens = 4 * 32
     per_step = [line["flops_per_second"] / line["tokens_per_second"] * tokens for line in lines]
     assert per_step[0] > 0

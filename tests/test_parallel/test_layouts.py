@@ -86,8 +86,8 @@ def _plain(reset=Reset.zero, dtype=torch.float32, tied=False):
     return losses, {name: value.detach() for name, value in weights.items()}, state
 
 
-def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, checkpointing=False, steps=STEPS):
-    """The same run by a process of a layout: losses, restart reports, and what it holds at the end."""
+def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, checkpointing=False):
+    """The same run by a process of a layout: losses, restart reports, what it holds at the end, and after a restart."""
     zero, tensor, accumulation, offload = layout
     with start(tensor=tensor) as runtime:
         model = _model(tied=tied)
@@ -110,7 +110,7 @@ def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, c
             max_grad_norm=1.0,
         )
         losses, reports = [], []
-        for step, ids in enumerate(_batches()[:steps], 1):
+        for step, ids in enumerate(_batches(), 1):
             mine, total = ids[runtime.data.index * share :][:share], torch.zeros(())
             for rows in mine.split(size):
                 logits = engine(input_ids=rows, use_cache=False).logits[:, :-1]
@@ -123,19 +123,24 @@ def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, c
             if step in RESTARTS:
                 index = RESTARTS.index(step) + 1
                 reports.append(restart(model, RESETS[reset], engine.store, seed=3, restart_index=index))
-        held = {
-            kind: {name: (region, part.detach().clone()) for name, (region, part) in parts.items()}
-            for kind, parts in engine.store.held().items()
-        }
+                restarted = _held(engine)
+        held = _held(engine)
         wholes = {name: engine.store.whole_weight(layer) for name, layer in list(low_rank_modules(model).items())[::5]}
         engine.close()
-        return losses, reports, held, wholes
+        return losses, reports, held, wholes, restarted
 
 
-def _assembled(results, kind):
+def _held(engine):
+    return {
+        kind: {name: (region, part.detach().clone()) for name, (region, part) in parts.items()}
+        for kind, parts in engine.store.held().items()
+    }
+
+
+def _assembled(results, kind, when=2):
     """The whole tensors, from the parts of all processes; together they must cover everything."""
     wholes, covered = {}, {}
-    for _, _, held, _ in results:
+    for held in (result[when] for result in results):
         for name, (region, part) in held[kind].items():
             whole = wholes.setdefault(name, torch.zeros(region.shape, dtype=part.dtype))
             region.put(whole, part)
@@ -165,7 +170,10 @@ def _compare(results, plain, tolerance):
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-LAYOUTS = list(itertools.product((0, 1, 2, 3), (1, 2), (1, 2), (1, 3)))
+LAYOUTS = [  # by any three of the four choices nothing is left out; of all four, every second one is
+    (zero, tensor, data, 3 if (zero + tensor + data) % 2 else 1)
+    for zero, tensor, data in itertools.product((0, 1, 2, 3), (1, 2), (1, 2))
+]
 
 
 @pytest.mark.parametrize(("zero", "tensor", "data", "accumulation"), LAYOUTS)
@@ -237,8 +245,7 @@ def test_bf16_keeps_masters_and_extra_bits_in_shards(on_processes, runtime, zero
     for name in (name for name in model if name.endswith("extra_bits")):
         assert model[name].any(), f"{name}: a merge leaves something below bf16"
     assert all(optimizer[f"{name}/master"].dtype == torch.float32 for name in model if name.endswith((".down", ".up")))
-    fresh = on_processes(_trained, count, layout, Reset.zero, torch.bfloat16, False, False, RESTARTS[-1])
-    for name, master in _assembled(fresh, "optimizer").items():
+    for name, master in _assembled(results, "optimizer", when=4).items():
         owner, _, leaf = name.rpartition(".")
         if leaf == "down/master":
             assert torch.equal(master, draw_down(owner, tuple(master.shape), seed=3, restart_index=2))

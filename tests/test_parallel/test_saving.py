@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +19,7 @@ from parallel.regions import Region, even_range, whole
 from parallel.runtime import start
 from parallel.saving import Saver, share_out
 from relora.errors import ConfigError
+from tests.processes import environment_of, free_port
 
 SHAPES = {"embed": (50, 8), "layer.qkv": (24, 8), "layer.out": (8, 16), "norm": (8,), "head": (50, 8)}
 ALWAYS = CheckpointConfig(keep=9)
@@ -312,46 +311,33 @@ def test_a_part_that_never_comes_is_named_when_the_time_is_up(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-DYING = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_saving as t
-from parallel import writing
-from parallel.runtime import start
-root = Path(sys.argv[1])
-with start() as runtime:
-    saver = t.Saver(root, runtime, t.ALWAYS)
-    saver.save(1, t.held_by(runtime, 1), {{"step": 1}}, best=None)
-    if runtime.process_rank == int(sys.argv[2]):
-        writing.{function} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        saver.save(2, t.held_by(runtime, 2), {{"step": 2}}, best=None)
-    finally:
-        print("survived", flush=True)
-        os._exit(3)
-"""
+def dying():
+    """One process of the next test."""
+    root, culprit, function = sys.argv[1:]
+    with start() as runtime:
+        saver = Saver(Path(root), runtime, ALWAYS)
+        saver.save(1, held_by(runtime, 1), {"step": 1}, best=None)
+        if runtime.process_rank == int(culprit):
+            setattr(writing, function, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            saver.save(2, held_by(runtime, 2), {"step": 2}, best=None)
+        finally:
+            print("survived", flush=True)
+            os._exit(3)
 
 
 @pytest.mark.parametrize(("culprit", "function"), [(1, "write_parts"), (0, "publish")])
-def test_a_process_that_dies_in_a_save_ends_the_others_and_leaves_the_old_checkpoint(tmp_path, culprit, function):
-    root, script = tmp_path / "checkpoints", tmp_path / "script.py"
-    script.write_text(DYING.format(tests=str(Path(__file__).parent), function=function))
-    processes = runpy.run_path(str(Path(__file__).parent.parent / "processes.py"))
-    port = processes["free_port"]()
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(root), str(culprit)],
-            env=processes["environment_of"](rank, 3, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    outputs = [process.communicate(timeout=60) for process in running]
-    codes = [-signal.SIGKILL if rank == culprit else 3 for rank in range(3)]
-    assert [process.returncode for process in running] == codes, outputs
+def test_a_process_that_dies_in_a_save_ends_the_others_and_leaves_the_old_checkpoint(
+    forker, tmp_path, culprit, function
+):
+    root, port, running = tmp_path / "checkpoints", free_port(), []
+    with (tmp_path / "output").open("ab") as output:
+        for rank in range(3):
+            around = {"environment": environment_of(rank, 3, port), "stdout": output, "stderr": output}
+            running.append(forker.start("tests.test_parallel.test_saving:dying", [root, culprit, function], **around))
+        codes = [process.wait(60) for process in running]
+    expected = [-signal.SIGKILL if rank == culprit else 3 for rank in range(3)]
+    assert codes == expected, (tmp_path / "output").read_text()
     taken, problems = newest_checkpoint(root)
     assert (taken.state, problems) == ({"step": 1}, [])
     assert [path.name for path in root.glob(".step_*")] != []  # what the dead one was writing
