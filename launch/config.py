@@ -24,6 +24,7 @@ from launch.stream_rules import check_stream
 from launch.watching.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
+from parallel.output_loss import OutputLoss
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
@@ -61,6 +62,8 @@ class TrainingConfig:
     """fp32 or bf16."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    loss: OutputLoss = OutputLoss.plain
+    """plain, chunked (never all logits at once), liger (the same by Liger's kernel on a GPU), or auto of these two."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     compile: bool = False

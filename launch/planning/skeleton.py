@@ -19,6 +19,7 @@ from launch.planning.microbatch import Microbatch, run_microbatch
 from launch.planning.weightless import weightless
 from launch.training.phase import low_rank_at, make_phase
 from parallel.footprint import Held, Role
+from parallel.output_loss import OutputLoss, take_output_loss_
 from parallel.pretence import imagined_axis
 from parallel.tensor import split_model
 from relora.convert import Conversion, ConversionRow, low_rank_modules, planned_layers, prepare_base_
@@ -122,6 +123,8 @@ def _skeleton(
         prepare_base_(model, config.torch_dtype, config.merge_precision)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        planned = OutputLoss.plain if config.training.loss is OutputLoss.plain else OutputLoss.chunked
+        take_output_loss_(model, planned, torch.device("meta"))
         model.train()
         try:
             microbatch = run_microbatch(model, sequences=sequences, length=config.data.sequence_length, packed=packed)

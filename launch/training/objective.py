@@ -13,6 +13,7 @@ from continual.method import Term
 from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
+from parallel.output_loss import gives_loss, labels_at_hand, loss_in
 from parallel.runtime import Axis
 from parallel.vocabulary import IGNORED, summed_cross_entropy
 from relora.hosted import heads_in
@@ -38,6 +39,9 @@ def head_losses(
     Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
     """
     here = batch.to(device)
+    if here.labels.ndim > 1 and gives_loss(model):
+        with labels_at_hand(model, here.labels):
+            return [loss_in(model, called(run or model, here))]
     output = called(run or model, here)
     if here.labels.ndim == 1:
         return [class_losses(output.logits, here).sum()]

@@ -19,6 +19,7 @@ from launch.models.model import build_model, drawn_outputs
 from launch.training.paths import take_paths
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
+from parallel.output_loss import take_output_loss_
 from parallel.regions import Region
 from parallel.runtime import Runtime
 from parallel.tensor import split_model
@@ -161,6 +162,7 @@ def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict
         model.to(runtime.device)
     if config.training.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    take_output_loss_(model, config.training.loss, runtime.device)
     model.train()
     if config.training.compile:
         model.compile()

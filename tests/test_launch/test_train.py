@@ -14,6 +14,7 @@ from launch import exits, train
 from launch.config import load
 from launch.evaluate import evaluate_folder
 from launch.watching.records import read_records
+from parallel import output_loss
 from relora.convert import low_rank_modules
 from relora.spectrum import numerical_rank, singular_values
 
@@ -130,6 +131,14 @@ def test_activation_checkpointing_changes_no_loss(tiny, undisturbed):
     assert run(tiny, "training.activation_checkpointing=true") == exits.DONE
     losses = [[r["loss"] for r in records(f) if "loss" in r] for f in (folder_of(tiny), undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_loss_in_chunks_changes_no_loss(tiny, undisturbed, monkeypatch):
+    monkeypatch.setattr(output_loss, "_LOGITS", 257 * 10)
+    assert run(tiny, "training.loss=auto", "training.microbatch_size=2") == exits.DONE
+    for ours, theirs in zip(records(folder_of(tiny)), records(undisturbed), strict=True):
+        for key in {"loss", "val_loss"} & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
 def test_restarts_make_a_difference_and_plain_lora_stays_at_its_rank(tiny, tmp_path):
