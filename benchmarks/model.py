@@ -53,8 +53,8 @@ def results(wanted: Sequence[Shape], runtime: Runtime, *, repetitions: int) -> D
     """The document: a row for each model and trainer."""
     with tempfile.TemporaryDirectory() as cache:
         found = [measure(shape, runtime, Path(cache), repetitions=repetitions) for shape in wanted]
-    settings = {"threads": torch.get_num_threads(), "repetitions": repetitions}
-    settings["clock"] = "wall" if runtime.device.type == "cuda" else "processor"
+    clock = "wall" if runtime.device.type == "cuda" else "processor"
+    settings = {"threads": torch.get_num_threads(), "repetitions": repetitions, "clock": clock}
     sets = [{**asdict(shape), "rows": rows} for shape, rows in zip(wanted, found, strict=True)]
     return document("model", runtime.device, settings=settings, sets=sets)
 

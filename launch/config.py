@@ -21,6 +21,7 @@ from continual.methods.registry import METHODS
 from launch.head_rules import check_hosted, check_lte
 from launch.models.model import ModelConfig
 from launch.stream_rules import check_stream
+from launch.training.recomputation import Checkpointing
 from launch.watching.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
@@ -64,8 +65,8 @@ class TrainingConfig:
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     loss: OutputLoss = OutputLoss.plain
     """plain, chunked (never all logits at once), liger (the same by Liger's kernel on a GPU), or auto of these two."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    """Activations that the backward pass computes anew: none, full, or selective (all but products and attention)."""
     compile: bool = False
     """Compile the model by torch.compile."""
     threads: int | None = None
@@ -302,6 +303,11 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
             "avoid: choose addmm, or a lower stage"
+        )
+    if config.training.activation_checkpointing is Checkpointing.selective and config.parallel.tensor > 1:
+        raise ConfigError(
+            "training.activation_checkpointing=selective cannot be with parallel.tensor above 1, which sums "
+            "products in place: choose full or none"
         )
     if config.lte is not None:
         check_lte(config, config.lte)

@@ -55,17 +55,17 @@ def take_output_loss_(model: nn.Module, wanted: OutputLoss, device: torch.device
             f"{kind}: leave it at plain"
         )
     taken = _possible(wanted, head, device)
-    plain = head.forward
+    own: Any = head  # nn.Module knows no such attributes
+    plain = own.forward
 
-    def forward(x: Tensor) -> Tensor:
-        labels = head.labels
-        if labels is None:
+    def forward(x: Tensor) -> Any:
+        if own.labels is None:
             return plain(x)
-        head.made = loss_by(taken, x.flatten(0, -2), head, labels)  # type: ignore[arg-type,assignment]
-        return head.made
+        loss = own.made = loss_by(taken, x.flatten(0, -2), own, own.labels)
+        return loss
 
-    head.labels = head.made = None  # type: ignore[assignment]
-    head.forward = forward  # type: ignore[method-assign]
+    own.labels = own.made = None
+    own.forward = forward
     return taken
 
 

@@ -1,6 +1,7 @@
 """The next-token loss: of one update in microbatches, and of the validation sequences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from continual.batches import Batch, HeldOut, joined
 from continual.method import Term
+from launch.models.masks import one_document_each
 from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
@@ -53,7 +55,8 @@ def called(run: Callable[..., Any], batch: Batch, **wanted: Any) -> Any:
     """The output of a model, or of the engine around it, for a batch on its device."""
     if batch.labels.ndim > 1:
         wanted["use_cache"] = False
-    return run(**batch.inputs, **wanted)
+    with nullcontext() if "position_ids" in batch.inputs else one_document_each():
+        return run(**batch.inputs, **wanted)
 
 
 def class_losses(logits: Tensor, batch: Batch) -> Tensor:
