@@ -255,7 +255,7 @@ def test_the_step_benchmark_runs_and_its_variants_train_alike(tmp_path, capfd):
     assert "of a ReLoRA step" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("module", [parallel, quality, step])
+@pytest.mark.parametrize("module", [model, parallel, quality, step])
 def test_the_documents_show_the_figures_of_the_json_files(module):
     name = module.__name__.rpartition(".")[2]
     shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8").splitlines()
