@@ -158,6 +158,7 @@ def test_a_batch_that_no_layout_can_share_is_refused_before_any_process_starts(m
 TINY = Shape(model="llama_tiny", rank=4, batch=2, sequence=16, dtype="fp32", microbatch=1)
 
 
+@pytest.mark.slow
 def test_trainers_of_whole_models_compute_alike_and_their_memory_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "_SECONDS", 0.0)
     with start() as runtime:
