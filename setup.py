@@ -45,6 +45,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3; platform_system == 'Linux'"],
+        "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
         "dev": [
             "pytest",
             "pytest-timeout",

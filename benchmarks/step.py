@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exits.run(lambda: _command(shape, options))
 
 
-_DEFAULT = {"model": "llama_60m", "rank": 128, "batch": 2, "sequence": 256, "dtype": "fp32", "repetitions": 12}
+_DEFAULT = {"model": "llama_60m", "rank": 128, "batch": 2, "microbatch": 0, "sequence": 256}
+_DEFAULT |= {"dtype": "fp32", "repetitions": 12}
 _QUICK = {"model": "llama_tiny", "rank": 16, "sequence": 64, "repetitions": 3}
 
 
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     models = sorted(path.stem for path in (CONF / "model").glob("llama*.yaml"))
     parser.add_argument("--model", choices=models, help=f"default {_DEFAULT['model']}")
-    for name in ("rank", "batch", "sequence", "repetitions"):
+    for name in ("rank", "batch", "microbatch", "sequence", "repetitions"):
         parser.add_argument(f"--{name}", type=int, help=f"default {_DEFAULT[name]}")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help=f"default {_DEFAULT['dtype']}")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")

@@ -64,13 +64,19 @@ class Batch:
         return replace(self, labels=self.labels.masked_fill(gone, -100))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device."""
+        """The batch on a device; a GPU fetches it while this process goes on."""
         return Batch(
-            inputs={name: value.to(device) for name, value in self.inputs.items()},
-            labels=self.labels.to(device),
-            classes=None if self.classes is None else self.classes.to(device),
+            inputs={name: _sent(value, device) for name, value in self.inputs.items()},
+            labels=_sent(self.labels, device),
+            classes=None if self.classes is None else _sent(self.classes, device),
             even=self.even,
         )
+
+
+def _sent(value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    if value.is_cpu and torch.device(device).type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -21,9 +21,11 @@ from continual.methods.registry import METHODS
 from launch.head_rules import check_hosted, check_lte
 from launch.models.model import ModelConfig
 from launch.stream_rules import check_stream
+from launch.training.recomputation import Checkpointing
 from launch.watching.tracker import TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
+from parallel.output_loss import OutputLoss
 from parallel.zero import ParallelConfig
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
@@ -61,8 +63,10 @@ class TrainingConfig:
     """fp32 or bf16."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    loss: OutputLoss = OutputLoss.plain
+    """plain, chunked (never all logits at once), liger (the same by Liger's kernel on a GPU), or auto of these two."""
+    activation_checkpointing: Checkpointing = Checkpointing.none
+    """Activations that the backward pass computes anew: none, full, or selective (all but products and attention)."""
     compile: bool = False
     """Compile the model by torch.compile."""
     threads: int | None = None
@@ -299,6 +303,11 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(
             "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
             "avoid: choose addmm, or a lower stage"
+        )
+    if config.training.activation_checkpointing is Checkpointing.selective and config.parallel.tensor > 1:
+        raise ConfigError(
+            "training.activation_checkpointing=selective cannot be with parallel.tensor above 1, which sums "
+            "products in place: choose full or none"
         )
     if config.lte is not None:
         check_lte(config, config.lte)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from parallel.output_loss import OutputLoss
 from relora.errors import ConfigError
 from relora.lte import DenseSync, Exchange, LteConfig, SyncReset
 from relora.paths import ForwardPath
@@ -58,11 +59,12 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
             f"a stream needs heads with processes of their own, and here each process holds {hosted} of "
             f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or choose lte=none"
         )
-    needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None}
+    needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None, "training.loss": OutputLoss.plain}
     for key, value in needed.items():
         section, leaf = key.split(".")
         got = getattr(getattr(config, section), leaf) or value
         if got != value:
+            got = got.value if isinstance(got, Enum) else got
             raise ConfigError(
                 f"{key}={got} needs heads with processes of their own, and here each process holds {hosted} of "
                 f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or leave {key} out"

@@ -21,7 +21,6 @@ from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.planning.flops import peak_flops
 from launch.prepare import following, show_data
-from launch.report import report
 from launch.stream_rules import check_opened
 from launch.training.course import Course, make_method, model_of_course, open_course
 from launch.training.elastic import begin_state, come, enter
@@ -217,6 +216,8 @@ def execute(run: Run) -> int:
     _summarize(run, summary)
     watch.tracker.summary(summary)
     if watch.tracker.run_id is not None:
+        from launch.report import report  # matplotlib comes with it, and no step waits for that
+
         pictures = report([run.folder.path], run.folder.path / "report")
         watch.tracker.figures({picture.stem: picture for picture in pictures if picture.suffix == ".png"})
     watch.tracker.finish(exits.DONE)

@@ -5,6 +5,7 @@ torch's AdamW sees the heads' slices of stacked masters, moments and gradients a
 partitioned or exchanged here, so it needs no DeepSpeed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -103,12 +104,13 @@ class HostedEngine:
             own[parameter].grad = gradient[place]
         members = [one for one in own.values() if one.grad is not None]
         norm = nn.utils.get_total_norm([one.grad for one in members if one.grad is not None])
-        refused = admit(float(norm))
-        if refused is None and not torch.isfinite(norm):
+        value = float(norm)
+        refused = admit(value)
+        if refused is None and not math.isfinite(value):
             refused = "gradients are not finite"
         if refused is None and self._max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(members, self._max_grad_norm, norm)
-        return StepResult(grad_norm=float(norm), refused=refused)
+        return StepResult(grad_norm=value, refused=refused)
 
     def _with_the_others(self, shared: SharedGradients, results: list[StepResult]) -> list[StepResult]:
         """Average the dense parameters' gradients over all heads, if all may update."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from parallel.runtime import Axis
 from parallel.tensor_layers import Split, summed
 from relora.targets import output_embedding
 
@@ -33,28 +32,44 @@ class VocabularyEmbedding(Split):
         return summed(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
 
 
+def token_losses(logits: Tensor, labels: Tensor, split: Split | None) -> tuple[Tensor, ...]:
+    """The fp32 cross-entropy of each position, and what `logit_gradients` needs: normalizer, label here, here, counted.
+
+    Shapes: (positions, vocabulary or part of it), (positions).
+    Collectives: with a split output layer one gather of two numbers per position, by all of the tensor axis.
+    """
+    local = labels if split is None else labels - split.first
+    here = (local >= 0) & (local < logits.shape[1])
+    local = local.masked_fill(~here, 0)
+    found = logits.gather(1, local.unsqueeze(1)).squeeze(1).float().masked_fill(~here, 0)
+    normalizer = torch.logsumexp(logits.float(), dim=1)
+    if split is not None:
+        pairs = torch.stack([normalizer, found])
+        gathered = pairs.new_empty(split.axis.size, *pairs.shape)
+        dist.all_gather(list(gathered), pairs, group=split.axis.group)
+        normalizer, found = torch.logsumexp(gathered[:, 0], dim=0), gathered[:, 1].sum(0)
+    counted = labels != IGNORED
+    return (normalizer - found).masked_fill(~counted, 0), normalizer, local, here, counted
+
+
+def logit_gradients(logits: Tensor, normalizer: Tensor, local: Tensor, here: Tensor, counted: Tensor) -> Tensor:
+    """Softmax less one-hot in fp32, of the positions that count."""
+    result = torch.sub(logits, normalizer.unsqueeze(1)).exp_().mul_(counted.unsqueeze(1))
+    return result.scatter_add_(1, local.unsqueeze(1), -here.to(result.dtype).unsqueeze(1))
+
+
 class _SummedCrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, first: int, axis: Axis) -> Tensor:
-        local = labels - first
-        here = (local >= 0) & (local < logits.shape[1])
-        local = local.masked_fill(~here, 0)
-        found = logits.gather(1, local.unsqueeze(1)).squeeze(1).float().masked_fill(~here, 0)
-        pairs = torch.stack([torch.logsumexp(logits.float(), dim=1), found])
-        gathered = pairs.new_empty(axis.size, *pairs.shape)
-        dist.all_gather(list(gathered), pairs, group=axis.group)
-        normalizer = torch.logsumexp(gathered[:, 0], dim=0)
-        counted = labels != IGNORED
-        ctx.save_for_backward(logits, normalizer, local, here, counted)
-        return (normalizer - gathered[:, 1].sum(0)).masked_fill(~counted, 0).sum()
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, split: Split) -> Tensor:
+        losses, *found = token_losses(logits, labels, split)
+        ctx.save_for_backward(logits, *found)
+        return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, normalizer, local, here, counted = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, *found = ctx.saved_tensors
         # The softmax is worked out anew: kept from the forward pass it would take the logits' memory once more.
-        result = torch.sub(logits, normalizer.unsqueeze(1)).exp_().mul_(counted.unsqueeze(1))
-        result.scatter_add_(1, local.unsqueeze(1), -here.to(result.dtype).unsqueeze(1))
-        return result.mul_(gradient).to(logits.dtype), None, None, None
+        return logit_gradients(logits, *found).mul_(gradient).to(logits.dtype), None, None
 
 
 def summed_cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ def summed_cross_entropy(model: nn.Module, logits: Tensor, labels: Tensor) -> Te
     """
     head = output_embedding(model)
     if isinstance(head, Split):
-        loss: Tensor = _SummedCrossEntropy.apply(logits, labels, head.first, head.axis)  # type: ignore[no-untyped-call]
+        loss: Tensor = _SummedCrossEntropy.apply(logits, labels, head)  # type: ignore[no-untyped-call]
         return loss
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import relora.merged
+from parallel.output_loss import OutputLoss, loss_by
+from parallel.vocabulary import IGNORED
 from relora.initialize import key_of
 from relora.kernels.factor_gradients import factor_gradients, factor_gradients_twin
 from relora.kernels.fused import fused
@@ -148,3 +150,21 @@ def test_a_merged_layer_is_formed_by_the_kernel_where_it_runs(transposed, monkey
     assert ours.shape == (layer.out_features, layer.in_features)
     monkeypatch.setattr(relora.merged, "runs_on", lambda tensor: False)
     assert float((ours != form(layer, 7)).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_ligers_loss(dtype, bias):
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: pip install 'accrete[liger]'")
+    head = torch.nn.Linear(16, 97, bias=bias).to(device=DEVICE, dtype=dtype)
+    x, labels = draw(21, 16, dtype=dtype).requires_grad_(), torch.randint(97, (21,)).to(DEVICE)
+    labels[3:5] = IGNORED
+    found = []
+    for kind in (OutputLoss.liger, OutputLoss.chunked):
+        loss = loss_by(kind, x, head, labels)
+        (loss * 0.3).backward()
+        found.append([loss.detach(), *(one.grad for one in (x, *head.parameters()))])
+        x.grad = None
+        head.zero_grad()
+    for ours, wanted in zip(*found, strict=True):
+        near(ours, wanted, dtype)

@@ -6,17 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import parallel, quality, runs, step
-from benchmarks.outcome import markdown, paired_ratio, read_document
+from benchmarks import model, model_page, model_turns, parallel, quality, runs, step
+from benchmarks.outcome import document, markdown, paired_ratio, read_document
 from benchmarks.parallel_layouts import entries
 from benchmarks.parallel_tables import sent
 from benchmarks.parallel_traffic import ALL_GATHER, ALL_REDUCE, DATA, REDUCE_SCATTER, TENSOR, ring
 from benchmarks.quality_methods import QUICK, methods
 from benchmarks.quality_picture import draw
 from benchmarks.runs import Job, Result, RunFailed, read_result, run_all
+from benchmarks.step_variants import Shape
 from launch import exits, train
 from launch.config import load
+from parallel.runtime import start
+from relora import choice
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,6 +155,56 @@ def test_a_batch_that_no_layout_can_share_is_refused_before_any_process_starts(m
     assert "must be a multiple of the 2 processes" in capfd.readouterr().err
 
 
+TINY = Shape(model="llama_tiny", rank=4, batch=2, sequence=16, dtype="fp32", microbatch=1)
+
+
+@pytest.mark.slow
+def test_trainers_of_whole_models_compute_alike_and_their_memory_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice, "_SECONDS", 0.0)
+    with start() as runtime:
+        rows = {row["variant"]: row for row in model_turns.measure(TINY, runtime, tmp_path, repetitions=1)}
+    full, theirs, *ours = rows.values()
+    assert (full["variant"], theirs["variant"]) == (model_turns.FULL, model_turns.PEFT)
+    assert {row["trainable"] for row in ours} == {theirs["trainable"]}
+    assert rows["Accrete, addmm"]["flops"] == rows["Accrete, factored"]["flops"] == theirs["flops"]
+    assert full["state_bytes"] == pytest.approx(16 * full["trainable"], rel=0.001)  # weights, gradients, moments
+    frozen = full["trainable"] - (theirs["trainable"] - _factor_entries())
+    assert theirs["state_bytes"] == pytest.approx(16 * theirs["trainable"] + 4 * frozen, rel=0.001)
+    assert rows["Accrete, merged"]["peak_bytes"] > rows["Accrete, addmm"]["peak_bytes"] + 3.9 * frozen
+    assert full["to_full"]["speed"]["median"] == 1
+    assert all(row["side_by_side"] and row["mfu"] > 0 for row in rows.values())
+
+
+def _factor_entries():
+    """Of rank 4 on the seven linear layers of four blocks."""
+    width, inner = 192, 512
+    return 4 * 4 * (4 * 2 * width + 3 * (width + inner))
+
+
+def test_a_model_without_room_is_said_in_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_turns, "has_room", lambda device, size: False)
+    with start() as runtime:
+        rows = model_turns.measure(TINY, runtime, tmp_path, repetitions=1)
+        study = document(
+            "model", runtime.device, settings={"clock": "processor", "threads": 1}, sets=[{**SET, "rows": rows}]
+        )
+    assert model_page.tables(study).count("memory does not suffice") == len(rows) == 3
+
+
+SET = {"model": "llama_tiny", "dtype": "fp32", "rank": 4, "batch": 2, "sequence": 16, "microbatch": 1}
+
+
+def test_the_page_says_which_gpu_models_were_not_measured_until_they_are():
+    settings = {"clock": "processor", "threads": 1}
+    study = document("model", torch.device("cpu"), settings=settings, sets=[{**SET, "rows": []}])
+    text = model_page.page([study], model.GPU)
+    assert all(f"| {one['model']}, {one['batch']} x {one['sequence']} " in text for one in model.GPU)
+    assert text.count("not measured") == 3 * len(model.GPU)
+    gpu = {**study, "machine": {**study["machine"], "device": "some GPU"}, "settings": {**settings, "clock": "wall"}}
+    assert "not measured" not in (both := model_page.page([study, gpu], model.GPU))
+    assert both.startswith("## some GPU")
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_layouts_compares_equal_trainers_and_counts_what_the_plan_says(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
@@ -202,7 +256,7 @@ def test_the_step_benchmark_runs_and_its_variants_train_alike(tmp_path, capfd):
     assert "of a ReLoRA step" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("module", [parallel, quality, step])
+@pytest.mark.parametrize("module", [model, parallel, quality, step])
 def test_the_documents_show_the_figures_of_the_json_files(module):
     name = module.__name__.rpartition(".")[2]
     shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8").splitlines()

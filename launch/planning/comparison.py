@@ -8,6 +8,7 @@ from launch.config import TrainConfig
 from launch.planning.estimate import Cost, Layout, cost
 from launch.planning.microbatch import Microbatch
 from launch.planning.skeleton import Skeletons
+from launch.training.recomputation import Checkpointing
 from parallel.mesh import mesh_of
 from relora.errors import ConfigError
 
@@ -27,7 +28,7 @@ class Outlook:
     cost: Cost
     """On the layout that was asked for."""
     otherwise: Microbatch
-    """Its microbatch with activation checkpointing the other way round."""
+    """Its microbatch without activation checkpointing, or with the full one where it has none."""
     grid: dict[Layout, Cost | None]
     """On other layouts; None where they cannot share the global batch."""
 
@@ -86,11 +87,12 @@ def _outlook(
     config: TrainConfig, skeletons: Skeletons, layout: Layout, name: str, *, low_rank: bool, runs: bool = True
 ) -> Outlook:
     here = cost(config, skeletons, layout, low_rank=low_rank)
+    keeps_all = config.training.activation_checkpointing is Checkpointing.none
     other = skeletons.get(
         low_rank=low_rank,
         tensor=layout.tensor,
         sequences=here.sequences,
-        checkpointing=not config.training.activation_checkpointing,
+        checkpointing=Checkpointing.full if keeps_all else Checkpointing.none,
     )
     grid = _grid(config, skeletons, layout, here.sequences, low_rank=low_rank) if runs else {}
     return Outlook(name=name, runs=runs, cost=here, otherwise=other.microbatch, grid=grid)

@@ -11,6 +11,7 @@ from launch.config import Dtype, TrainConfig
 from launch.planning.microbatch import Microbatch
 from launch.planning.skeleton import Skeletons
 from launch.planning.sync_estimate import Place, SyncCost, keep_between_syncs, sync_cost
+from launch.training.recomputation import Checkpointing
 from parallel.footprint import FP32, Footprint, Held, Role, footprint, piece, trainable_entries
 from parallel.pretence import sent_by_tensor_axis
 from parallel.traffic import factor_bytes, sent, step_traffic
@@ -134,6 +135,7 @@ def cost(
     """
     sequences = sequences or config.training.microbatch(layout.heads * layout.data)
     checkpointing = config.training.activation_checkpointing
+    recomputing = checkpointing is not Checkpointing.none
     skeleton, whole = (
         skeletons.get(low_rank=low_rank, tensor=tensor, sequences=sequences, checkpointing=checkpointing)
         for tensor in (layout.tensor, 1)
@@ -148,9 +150,7 @@ def cost(
     merges = relora is not None and lte is None  # else syncs merge, and restarts only draw anew
     pruning = relora is not None and relora.reset in (Reset.magnitude, Reset.random)
     masters_apart = layout.zero_stage == 3 or (bf16 and layout.zero_stage > 0)
-    stays = footprint(
-        held, parallel, settings, data=layout.data, microbatches=microbatches, checkpointing=checkpointing
-    )
+    stays = footprint(held, parallel, settings, data=layout.data, microbatches=microbatches, checkpointing=recomputing)
     if lte is not None:
         keep_between_syncs(stays, held, lte, _place(config, layout))
     return Cost(

@@ -9,6 +9,7 @@ from launch.planning.comparison import STAGES, Outlook, fitting
 from launch.planning.estimate import Cost, Layout
 from launch.planning.plan_links import Speed, Study
 from launch.planning.sync_estimate import SyncCost
+from launch.training.recomputation import Checkpointing
 from launch.watching.console import Console
 from launch.watching.readings import amount
 from parallel.footprint import Kind, Role
@@ -150,7 +151,7 @@ def _show_memory(console: Console, config: TrainConfig, phases: Sequence[Outlook
         (name, *(_gib(size).rjust(8) if size else "-".rjust(8) for size in sizes)) for name, sizes in rows if any(sizes)
     ]
     console.table("memory of a process, GiB", ("", *names), lines)
-    state = "without" if config.training.activation_checkpointing else "with"
+    state = "with" if config.training.activation_checkpointing is Checkpointing.none else "without"
     for phase in phases:
         other = phase.otherwise
         console.info(

@@ -18,7 +18,9 @@ from launch.models.model import build_model
 from launch.planning.microbatch import Microbatch, run_microbatch
 from launch.planning.weightless import weightless
 from launch.training.phase import low_rank_at, make_phase
+from launch.training.recomputation import Checkpointing, checkpoint_blocks_
 from parallel.footprint import Held, Role
+from parallel.output_loss import OutputLoss, take_output_loss_
 from parallel.pretence import imagined_axis
 from parallel.tensor import split_model
 from relora.convert import Conversion, ConversionRow, low_rank_modules, planned_layers, prepare_base_
@@ -49,9 +51,9 @@ class Skeletons:
         self.hf_config = hf_config
         self._blocks = getattr(hf_config, "num_hidden_layers", None)
         self.alike = self._blocks is not None and self._blocks > 2 and self._repeats(self._blocks)
-        self._made: dict[tuple[bool, int, int, bool], Skeleton] = {}
+        self._made: dict[tuple[bool, int, int, Checkpointing], Skeleton] = {}
 
-    def get(self, *, low_rank: bool, tensor: int, sequences: int, checkpointing: bool) -> Skeleton:
+    def get(self, *, low_rank: bool, tensor: int, sequences: int, checkpointing: Checkpointing) -> Skeleton:
         """One phase, split over `tensor` processes, with microbatches of so many sequences.
 
         Raises:
@@ -62,7 +64,7 @@ class Skeletons:
             self._made[key] = self._make(*key)
         return self._made[key]
 
-    def _make(self, low_rank: bool, tensor: int, sequences: int, checkpointing: bool) -> Skeleton:
+    def _make(self, low_rank: bool, tensor: int, sequences: int, checkpointing: Checkpointing) -> Skeleton:
         config = self._low if low_rank else self._full
 
         def made(hf_config: PretrainedConfig) -> Skeleton:
@@ -111,7 +113,7 @@ def _shallow(hf_config: PretrainedConfig, blocks: int) -> PretrainedConfig:
 
 
 def _skeleton(
-    config: TrainConfig, hf_config: PretrainedConfig, *, tensor: int, sequences: int, checkpointing: bool
+    config: TrainConfig, hf_config: PretrainedConfig, *, tensor: int, sequences: int, checkpointing: Checkpointing
 ) -> Skeleton:
     packed, ranks = config.data.document_mask, config.lte.ranks if config.lte is not None else None
     head = ranks.index(max(ranks)) if ranks else 0  # the largest one
@@ -120,8 +122,9 @@ def _skeleton(
         model = phase.model
         split_model(model, imagined_axis(tensor), config.parallel.tensor_plan)
         prepare_base_(model, config.torch_dtype, config.merge_precision)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_blocks_(model, checkpointing)
+        planned = OutputLoss.plain if config.training.loss is OutputLoss.plain else OutputLoss.chunked
+        take_output_loss_(model, planned, torch.device("meta"))
         model.train()
         try:
             microbatch = run_microbatch(model, sequences=sequences, length=config.data.sequence_length, packed=packed)

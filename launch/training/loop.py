@@ -1,8 +1,8 @@
 """The loop. What changes the run stands here; what only watches it is told."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -91,9 +91,10 @@ def update(run: Run, clock: Stopwatch) -> None:
     with formed_weights(run.model, seed=config.run.seed, step=state.step):
         parts = torch.stack([_accumulated(run, term, number == 0) for number, term in enumerate(terms)])
     run.method.after_backward(run.trainee, stage)
-    by_term = _agree(run, parts)
-    losses = [sum(column) for column in zip(*by_term, strict=True)]
-    results = _step(run, lr, losses)
+    agreed = _agree(run, parts)
+    results = _step(run, lr, agreed)
+    by_term = agreed()
+    losses = _of_heads(by_term)
     for one, loss in zip(run.states, losses, strict=True):
         one.advance(sequences=size, tokens=size * run.course.tokens_per_sample)
         if math.isfinite(loss):
@@ -136,13 +137,13 @@ def _measures(run: Run, terms: Sequence[Term], by_term: Sequence[Sequence[float]
     return measures
 
 
-def _step(run: Run, lr: float, losses: list[float]) -> list[StepResult]:
+def _step(run: Run, lr: float, agreed: Callable[[], list[list[float]]]) -> list[StepResult]:
     """One update of each head of this process, unless its guard objects."""
 
-    def admit(state: RunState, loss: float, grad_norm: float) -> str | None:
-        return run.guard.objection(state, loss=loss, grad_norm=grad_norm)
+    def admit(place: int, grad_norm: float) -> str | None:
+        return run.guard.objection(run.states[place], loss=_of_heads(agreed())[place], grad_norm=grad_norm)
 
-    admits = [partial(admit, state, loss) for state, loss in zip(run.states, losses, strict=True)]
+    admits = [partial(admit, place) for place in range(len(run.states))]
     if isinstance(run.engine, HostedEngine):
         return run.engine.step(lr, admits)
     return [run.engine.step(lr, *admits)]
@@ -194,9 +195,14 @@ def _targets(run: Run, batch: Batch) -> list[int]:
     return targets
 
 
-def _agree(run: Run, parts: torch.Tensor) -> list[list[float]]:
+def _of_heads(by_term: list[list[float]]) -> list[float]:
+    return [sum(column) for column in zip(*by_term, strict=True)]
+
+
+def _agree(run: Run, parts: torch.Tensor) -> Callable[[], list[list[float]]]:
     """Losses over all processes of the head, and, while they talk, whether any of them was asked to stop.
 
+    They are read when they are asked for: by then the gradient norm is known, and the device is not waited for twice.
     Shapes: (terms, heads)
     """
     axes = run.runtime
@@ -205,11 +211,17 @@ def _agree(run: Run, parts: torch.Tensor) -> list[list[float]]:
         sums[:-1] = parts.flatten()
     sums[-1] = float(bool(run.stop))
     sums = sum_over(axes.model, sums)
-    run.stop.asked = float(sums[-1]) > 0
-    if run.sync is None:
-        run.stop.agreed = run.stop.asked
-    losses: list[list[float]] = sums[:-1].view(parts.shape).tolist()
-    return losses
+    terms, heads = parts.shape
+
+    @cache
+    def read() -> list[list[float]]:
+        *losses, asked = sums.tolist()
+        run.stop.asked = asked > 0
+        if run.sync is None:
+            run.stop.agreed = run.stop.asked
+        return [losses[term * heads :][:heads] for term in range(terms)]
+
+    return read
 
 
 def _asked_to_stop(run: Run) -> bool:

@@ -1,6 +1,7 @@
 """The next-token loss: of one update in microbatches, and of the validation sequences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from continual.batches import Batch, HeldOut, joined
 from continual.method import Term
+from launch.models.masks import one_document_each
 from parallel.collectives import sum_over
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
+from parallel.output_loss import gives_loss, labels_at_hand, loss_in
 from parallel.runtime import Axis
 from parallel.vocabulary import IGNORED, summed_cross_entropy
 from relora.hosted import heads_in
@@ -38,6 +41,9 @@ def head_losses(
     Logits are cast to fp32 first: a bf16 log-sum-exp over a vocabulary is off in the third digit.
     """
     here = batch.to(device)
+    if here.labels.ndim > 1 and gives_loss(model):
+        with labels_at_hand(model, here.labels):
+            return [loss_in(model, called(run or model, here))]
     output = called(run or model, here)
     if here.labels.ndim == 1:
         return [class_losses(output.logits, here).sum()]
@@ -49,7 +55,8 @@ def called(run: Callable[..., Any], batch: Batch, **wanted: Any) -> Any:
     """The output of a model, or of the engine around it, for a batch on its device."""
     if batch.labels.ndim > 1:
         wanted["use_cache"] = False
-    return run(**batch.inputs, **wanted)
+    with nullcontext() if "position_ids" in batch.inputs else one_document_each():
+        return run(**batch.inputs, **wanted)
 
 
 def class_losses(logits: Tensor, batch: Batch) -> Tensor:

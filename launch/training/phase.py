@@ -17,8 +17,10 @@ from continual.methods.registry import METHODS
 from launch.config import TrainConfig
 from launch.models.model import build_model, drawn_outputs
 from launch.training.paths import take_paths
+from launch.training.recomputation import checkpoint_blocks_
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
+from parallel.output_loss import take_output_loss_
 from parallel.regions import Region
 from parallel.runtime import Runtime
 from parallel.tensor import split_model
@@ -159,8 +161,8 @@ def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict
     paths.update(take_paths(model, config, runtime, paths))
     if config.parallel.zero_stage < 3:  # which moves and partitions one parameter at a time
         model.to(runtime.device)
-    if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_blocks_(model, config.training.activation_checkpointing)
+    take_output_loss_(model, config.training.loss, runtime.device)
     model.train()
     if config.training.compile:
         model.compile()

@@ -45,6 +45,7 @@ _FREE = (
     "training.microbatch_size",
     "training.peak_flops",
     "training.threads",
+    "training.loss",
     "training.activation_checkpointing",
     "training.compile",
     "lora.forward",

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from launch.reports.history import flat
 from launch.reports.stream_groups import shown, single
-from launch.reports.stream_heat import matrix_figure
 from launch.reports.stream_tables import AUDIT, audit_table, matrix_table
 from launch.watching.records import append_records, read_records
 from launch.watching.stage_records import BEFORE, StageRecord, Stream, stream_of
@@ -72,6 +70,10 @@ def _words(newest: StageRecord, stream: Stream) -> str:
 
 
 def _picture(stream: Stream) -> Pixels:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from launch.reports.stream_heat import matrix_figure
+
     canvas = FigureCanvasAgg(matrix_figure([single(stream)]))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())

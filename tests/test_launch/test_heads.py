@@ -201,6 +201,7 @@ def test_a_head_that_diverges_ends_the_run_on_all(on_processes, tiny, tmp_path):
     (["parallel.tensor=2"], "lte.heads=2 x parallel.tensor=2 must divide the number of processes, got 1"),
     (["parallel=zero2"], "parallel.zero_stage=2 needs heads with processes of their own"),
     (["lte.ranks=[2,4]"], "lte.ranks=[2, 4] needs heads with processes of their own"),
+    (["training.loss=chunked"], "training.loss=chunked needs heads with processes of their own"),
     (["training.microbatch_size=3"], "training.microbatch_size must divide"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(runtime, words, message, capsys, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from launch.planning.microbatch import Ledger, run_microbatch
 from launch.planning.skeleton import Skeletons
 from launch.training.objective import summed_loss
 from launch.training.phase import make_engine, make_phase
+from launch.training.recomputation import Checkpointing, checkpoint_blocks_
 from parallel.footprint import Held, Kind, Role
 from parallel.runtime import start
 from relora.convert import prepare_base_
@@ -187,7 +188,7 @@ def test_bytes_over_the_tensor_axis_are_those_that_layers_hand_over(on_processes
     ids=["addmm", "factored", "merged", "full_rank"],
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", Checkpointing)
 def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, checkpointing):
     words = [*base, f"training.dtype={dtype}"]
     config, hf_config = configured(words)
@@ -196,8 +197,7 @@ def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, ch
     plan = skeletons.get(low_rank=low_rank, tensor=1, sequences=SEQUENCES, checkpointing=checkpointing).microbatch
     model = make_phase(config, hf_config, step=0, fresh=True, tensor=1).model.train()
     prepare_base_(model, config.torch_dtype, MergePrecision.split)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_blocks_(model, checkpointing)
     real = run_microbatch(model, sequences=SEQUENCES, length=LENGTH)
     for part in ("saved", "at_loss", "in_backward"):
         assert getattr(plan, part) == pytest.approx(getattr(real, part), rel=0.01), part
@@ -216,13 +216,15 @@ def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, ch
 def test_checkpointing_keeps_less_and_computes_more():
     config, hf_config = configured(LOW_RANK)
     skeletons = Skeletons(config, hf_config)
-    plain, again = (
+    plain, again, some = (
         skeletons.get(low_rank=True, tensor=1, sequences=8, checkpointing=checkpointing).microbatch
-        for checkpointing in (False, True)
+        for checkpointing in Checkpointing
     )
     assert again.saved < plain.saved / 3
     assert again.forward_flops == plain.forward_flops
     assert again.backward_flops > plain.backward_flops + plain.forward_flops / 3
+    assert again.saved < some.saved < 0.75 * plain.saved
+    assert (some.forward_flops, some.backward_flops) == (plain.forward_flops, plain.backward_flops)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -233,7 +235,7 @@ def test_a_model_of_repeated_blocks_equals_the_whole_model_built(tensor, low_ran
     short, whole = Skeletons(config, hf_config), Skeletons(config, hf_config)
     assert short.alike
     whole.alike = False
-    wanted = {"low_rank": low_rank, "tensor": tensor, "sequences": 2, "checkpointing": True}
+    wanted = {"low_rank": low_rank, "tensor": tensor, "sequences": 2, "checkpointing": Checkpointing.full}
     assert short.get(**wanted) == whole.get(**wanted)
 
 
@@ -248,7 +250,7 @@ def test_blocks_that_differ_in_their_factors_are_all_built(words):
     config, hf_config = configured([*LOW_RANK, *words])
     skeletons = Skeletons(config, hf_config)
     assert not skeletons.alike
-    held = skeletons.get(low_rank=True, tensor=1, sequences=2, checkpointing=False).held
+    held = skeletons.get(low_rank=True, tensor=1, sequences=2, checkpointing=Checkpointing.none).held
     conversion = make_phase(config, hf_config, step=0, fresh=True, tensor=1).conversion
     assert sum(one.entries for one in held if one.group) == conversion.trainable
 

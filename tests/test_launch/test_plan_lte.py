@@ -15,6 +15,7 @@ from launch.planning.skeleton import Skeletons
 from launch.planning.sync_estimate import WORDS
 from launch.training.objective import summed_loss
 from launch.training.phase import make_engine, make_phase
+from launch.training.recomputation import Checkpointing
 from launch.watching.records import read_records
 from parallel.exchange import HeadExchange
 from parallel.link_model import Link
@@ -117,7 +118,9 @@ def test_memory_and_bytes_of_heads_are_an_engines(on_processes, name):
 def test_a_microbatch_computes_with_what_the_last_sync_left(reset):
     words = [*SYNCED, f"lte.reset={reset}"]
     config, hf_config = configured(words)
-    plan = Skeletons(config, hf_config).get(low_rank=True, tensor=1, sequences=SEQUENCES, checkpointing=False)
+    plan = Skeletons(config, hf_config).get(
+        low_rank=True, tensor=1, sequences=SEQUENCES, checkpointing=Checkpointing.none
+    )
     model = make_phase(config, hf_config, step=0, fresh=True, tensor=1).model.train()
     prepare_base_(model, config.torch_dtype, config.merge_precision)
     real = run_microbatch(model, sequences=SEQUENCES, length=LENGTH)

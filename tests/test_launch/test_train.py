@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import exits, train
 from launch.config import load
 from launch.evaluate import evaluate_folder
+from launch.training import loop
 from launch.watching.records import read_records
+from parallel import output_loss
 from relora.convert import low_rank_modules
 from relora.spectrum import numerical_rank, singular_values
 
@@ -124,10 +127,49 @@ def test_the_microbatch_is_only_a_memory_knob(tiny, undisturbed):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_activation_checkpointing_changes_no_loss(tiny, undisturbed):
-    assert run(tiny, "training.activation_checkpointing=true") == exits.DONE
+@pytest.mark.parametrize("recomputed", ["full", "selective"])
+def test_activation_checkpointing_changes_no_loss(tiny, undisturbed, recomputed):
+    assert run(tiny, f"training.activation_checkpointing={recomputed}") == exits.DONE
     losses = [[r["loss"] for r in records(f) if "loss" in r] for f in (folder_of(tiny), undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_loss_in_chunks_changes_no_loss(tiny, undisturbed, monkeypatch):
+    monkeypatch.setattr(output_loss, "_LOGITS", 257 * 10)
+    assert run(tiny, "training.loss=auto", "training.microbatch_size=2") == exits.DONE
+    for ours, theirs in zip(records(folder_of(tiny)), records(undisturbed), strict=True):
+        for key in {"loss", "val_loss"} & ours.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what makes this process wait for its device: values of tensors that become numbers of Python."""
+
+    NAMES = frozenset({"item", "tolist", "__float__", "__bool__", "__int__", "__index__", "cpu", "numpy"})
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_once_for_its_norm_and_losses_and_logging_adds_nothing(tiny, monkeypatch):
+    found, real_update = [], loop.update
+
+    def counted_update(run, clock):
+        with Reads() as reads:
+            real_update(run, clock)
+        found.append(reads.names)
+
+    monkeypatch.setattr(loop, "update", counted_update)
+    assert run(tiny, "run.log_every=7", "training.microbatch_size=2") == exits.DONE
+    assert len(found) == 20
+    # Targets are counted before the batch is sent; the norm is waited for, and the losses are there by then.
+    assert {tuple(names) for names in found} == {("__int__", "__float__", "tolist")}
 
 
 def test_restarts_make_a_difference_and_plain_lora_stays_at_its_rank(tiny, tmp_path):

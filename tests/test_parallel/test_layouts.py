@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from continual.batches import Batch
+from launch.training.objective import summed_loss
 from parallel.collectives import sum_over
 from parallel.engine import Engine
+from parallel.output_loss import OutputLoss, take_output_loss_
 from parallel.runtime import start
 from parallel.tensor import split_model
-from parallel.vocabulary import summed_cross_entropy
 from parallel.zero import Offload, ParallelConfig
 from relora.convert import LoraConfig, low_rank_modules, prepare_base_, to_low_rank
 from relora.initialize import draw_down
@@ -86,7 +88,15 @@ def _plain(reset=Reset.zero, dtype=torch.float32, tied=False):
     return losses, {name: value.detach() for name, value in weights.items()}, state
 
 
-def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, checkpointing=False):
+def _trained(
+    world,
+    layout,
+    reset=Reset.zero,
+    dtype=torch.float32,
+    tied=False,
+    checkpointing=False,
+    loss=OutputLoss.plain,
+):
     """The same run by a process of a layout: losses, restart reports, what it holds at the end, and after a restart."""
     zero, tensor, accumulation, offload = layout
     with start(tensor=tensor) as runtime:
@@ -95,6 +105,7 @@ def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, c
         prepare_base_(model, dtype, MergePrecision.split)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        take_output_loss_(model, loss, runtime.device)
         model.train()
         share = SEQUENCES // runtime.data.size
         size = share // accumulation
@@ -113,9 +124,8 @@ def _trained(world, layout, reset=Reset.zero, dtype=torch.float32, tied=False, c
         for step, ids in enumerate(_batches(), 1):
             mine, total = ids[runtime.data.index * share :][:share], torch.zeros(())
             for rows in mine.split(size):
-                logits = engine(input_ids=rows, use_cache=False).logits[:, :-1]
-                loss = summed_cross_entropy(model, logits.flatten(0, 1), rows[:, 1:].flatten())
-                loss = loss / (SEQUENCES * (LENGTH - 1))
+                batch = Batch(inputs={"input_ids": rows}, labels=rows)
+                loss = summed_loss(model, batch, runtime.device, engine) / (SEQUENCES * (LENGTH - 1))
                 engine.backward(loss)
                 total += loss.detach()
             losses.append(sum_over(runtime.data, total).item())
@@ -209,8 +219,8 @@ def test_pruning_uses_the_mask_of_the_whole_on_every_layout(on_processes, runtim
         ((1, 1, 1, Offload.optimizer), 2, {}),
         ((3, 1, 1, Offload.all), 2, {}),
         ((3, 2, 1, Offload.optimizer), 4, {}),
-        ((2, 2, 3, Offload.none), 4, {"tied": True, "checkpointing": True}),
-        ((3, 2, 1, Offload.none), 4, {"tied": True, "checkpointing": True}),
+        ((2, 2, 3, Offload.none), 4, {"tied": True, "checkpointing": True, "loss": OutputLoss.chunked}),
+        ((3, 2, 1, Offload.none), 4, {"tied": True, "checkpointing": True, "loss": OutputLoss.chunked}),
     ],
     ids=[
         "zero1-offload",
@@ -220,7 +230,9 @@ def test_pruning_uses_the_mask_of_the_whole_on_every_layout(on_processes, runtim
         "zero3-tied-checkpointing",
     ],
 )
-def test_offload_tied_embeddings_and_checkpointing_change_nothing(on_processes, layout, count, options):
+def test_offload_tied_embeddings_checkpointing_and_the_loss_in_chunks_change_nothing(
+    on_processes, layout, count, options
+):
     results = on_processes(
         _trained,
         count,
@@ -229,6 +241,7 @@ def test_offload_tied_embeddings_and_checkpointing_change_nothing(on_processes, 
         torch.float32,
         options.get("tied", False),
         options.get("checkpointing", False),
+        options.get("loss", OutputLoss.plain),
     )
     _compare(results, _plain(tied=options.get("tied", False)), 1e-5)
 
