@@ -26,11 +26,13 @@ from launch.report import report
 from launch.stream_rules import check_opened
 from launch.training.course import Course, make_method, model_of_course, open_course
 from launch.training.elastic import begin_state, come, enter
+from launch.training.granting import settle
 from launch.training.guard import Guard, TrainingDiverged
 from launch.training.heads import begin_heads
 from launch.training.loop import evaluate, train, validation_loss
 from launch.training.pace import cycles
 from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
+from launch.training.requests import Wishes
 from launch.training.resuming import check_course
 from launch.training.run import Run, measure_update, show_model
 from launch.training.run_folder import RunFolder, default_folder, find, locked
@@ -109,7 +111,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         check_opened(config, config.continual, course, runtime.batch.size)
     elastic = come(config, folder, runtime, course, console.info)
     resume = folder.resume
-    state = _counters(folder, course, elastic, config.continual)
+    state = _counters(folder, course, elastic, config.continual, runtime)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
@@ -118,7 +120,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, heads=heads)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
-    on_main(runtime, lambda: folder.begin(config, here, step=state.step, total=course.total_steps))
+    on_main(runtime, lambda: folder.begin(config, here, state, total=course.total_steps))
     if resume is None and config.run.save_start and phase.conversion is not None:
         on_main(runtime, lambda: save_model(phase.model, folder.path / "start", course.tokenizer, dtype=torch.float32))
     run = Run(
@@ -137,8 +139,11 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         state=state,
         guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
+        watch=_watch(
+            config, course, folder, console, runtime, state, step_flops(config, hf_config, state.step, console.info)
+        ),
         stop=stop,
+        wishes=Wishes(folder.path if runtime.is_main else None),
         spectra=_spectra(config, folder),
         elastic=elastic,
     )
@@ -158,7 +163,11 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
 
 
 def _counters(
-    folder: RunFolder, course: Course, elastic: ElasticHeads | None, continual: ContinualConfig | None
+    folder: RunFolder,
+    course: Course,
+    elastic: ElasticHeads | None,
+    continual: ContinualConfig | None,
+    runtime: Runtime,
 ) -> RunState:
     """What the run knows of itself as it begins."""
     state = RunState()
@@ -167,6 +176,8 @@ def _counters(
         check_course(folder, course, state.begun)
         if continual is not None:
             state.gone_back = continual.restart_from
+    done, asked = state.step, state.asked_restarts
+    state.asked_restarts = on_main(runtime, lambda: folder.kept_restarts(asked, done))
     if elastic is not None:
         begin_state(elastic, state)
     return state
@@ -198,6 +209,7 @@ def execute(run: Run) -> int:
     try:
         with watch.console.progress(run.course.total_steps, state.step) as watch.progress, profiled(run):
             complete = train(run)
+        settle(run)
     except TrainingDiverged:
         run.saver.wait()
         _summarize(run, {"status": "diverged", "step": state.step, "skipped": state.skipped})
@@ -210,7 +222,7 @@ def execute(run: Run) -> int:
         watch.say(f"stopped by {reason} after step {state.step}; the same command continues the run")
         watch.say("status: stopped")
         watch.tracker.finish(exits.PREEMPTED)
-        again = bool(run.stop) or run.stop.agreed
+        again = (bool(run.stop) or run.stop.agreed) and run.stop.again
         return _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
     summary = finish(run)
     _summarize(run, summary)
@@ -355,7 +367,13 @@ def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
 
 
 def _watch(
-    config: TrainConfig, course: Course, folder: RunFolder, console: Console, runtime: Runtime, flops: int
+    config: TrainConfig,
+    course: Course,
+    folder: RunFolder,
+    console: Console,
+    runtime: Runtime,
+    state: RunState,
+    flops: int,
 ) -> Watch:
     tracker = open_tracker(
         config.tracker if runtime.is_main else None,
@@ -376,7 +394,7 @@ def _watch(
         log_every=config.run.log_every,
         flops_per_step=flops,
         peak_flops=peak * runtime.world_size,
-        cycles=None if course.is_stream else cycles(config, course.stages[0]),
+        cycles=None if course.is_stream else cycles(config, course.stages[0], state.asked_restarts),
     )
 
 

@@ -13,6 +13,7 @@ from launch.config import TrainConfig
 from launch.training.course import Course
 from launch.training.guard import Guard
 from launch.training.paths import told
+from launch.training.requests import Wishes
 from launch.training.run_folder import RunFolder
 from launch.training.signals import StopRequest
 from launch.training.state import RunState
@@ -58,6 +59,8 @@ class Run:
     watch: Watch
     """Silent on all processes but the main one."""
     stop: StopRequest
+    wishes: Wishes
+    """What else the run is asked for."""
     spectra: Spectra | None
     sync: HeadSync | None = None
     """The syncs of LTE's heads; None while all processes train as one."""
