@@ -32,6 +32,7 @@ from launch.training.heads import begin_heads
 from launch.training.loop import evaluate, train, validation_loss
 from launch.training.pace import cycles
 from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
+from launch.training.preflight import preflight
 from launch.training.requests import Wishes
 from launch.training.resuming import check_course
 from launch.training.run import Run, measure_update, show_model
@@ -89,6 +90,7 @@ def run_command(config: TrainConfig) -> int:
         path = Path(on_main(runtime, lambda: str(default_folder(config))))
         with locked(path) if runtime.is_main else nullcontext():
             console = make_console(enabled=runtime.is_main)
+            preflight(config, path, runtime, console.info)
             folder = _find(config, path, runtime)
             for notice in folder.notices:
                 console.info(notice)
