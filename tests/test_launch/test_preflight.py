@@ -1,4 +1,4 @@
-"""The preflight compares the machines of a job: one line when all are alike, else one message that names the machine."""
+"""The machines of a job are compared: one line when all are alike, else one message that names machine and rule."""
 
 import re
 import shutil
