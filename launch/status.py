@@ -67,7 +67,7 @@ def status(run: Path) -> list[tuple[str, str]]:
     one = RunReader(run).read()
     rows = [("run", str(run))]
     if one.number is not None:
-        rows.append(("job", f"{one.number}: {Queue().told([one.number])[one.number]}"))
+        rows += [("job", line) for line in Queue().told([one.number])[one.number]]
     rows.append(("state", f"{one.state}: {one.reason}" if one.reason else one.state))
     if one.begun:
         rows += _progress(one)

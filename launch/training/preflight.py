@@ -92,8 +92,8 @@ def preflight(config: TrainConfig, folder: Path, runtime: Runtime, say: Callable
             "device between machines by launcher.interface (ip -brief address shows them)"
         )
     _judge(troubles, list(first))
-    room = broadcast_object(brief, _lack_of_room(folder) if runtime.is_main else None)
-    if room is not None:
+    room = broadcast_object(brief, _lack_of_room(folder) if runtime.is_main else "")
+    if room:
         raise ConfigError(f"preflight: {room}")
     assert reduced is not None
     furthest = max(map(abs, measured[0].values()), default=0.0)
@@ -262,13 +262,13 @@ def _clock_offsets(brief: Runtime, first: Mapping[str, int]) -> dict[str, float]
     return {host: median(one[host] for one in rounds) for host in first}
 
 
-def _lack_of_room(folder: Path) -> str | None:
-    """Whether the next checkpoint will not fit; the newest one tells its size."""
+def _lack_of_room(folder: Path) -> str:
+    """Why the next checkpoint will not fit, whose size the newest one tells; empty if it will."""
     steps = sorted((folder / "checkpoints").glob("step_*"))
     size = sum(one.stat().st_size for one in steps[-1].rglob("*") if one.is_file()) if steps else 0
     free = shutil.disk_usage(folder).free
     if free >= size:
-        return None
+        return ""
     return (
         f"{free:,} bytes are free in {folder}, but the next checkpoint takes {size:,}, as {steps[-1].name} does: make "
         "room, or lower checkpoint.keep"

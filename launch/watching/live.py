@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -45,11 +45,11 @@ class Overview:
         return str(run.relative_to(holders[0])) if len(self._folders) == 1 and holders else str(run)
 
 
-def _cells(one: Standing, name: str, jobs: dict[str, str]) -> list[str]:
+def _cells(one: Standing, name: str, jobs: Mapping[str, Sequence[str]]) -> list[str]:
     loss = None if one.last is None else one.last.get("loss")
     state = one.state if len(one.state) < 20 else "?"
     asked = f", asked: {', '.join(one.asked)}" if one.asked else ""
-    job = "" if one.number is None else f"{one.number}: {jobs[one.number].partition(',')[0]}"
+    job = "" if one.number is None else jobs[one.number][0].partition(",")[0]
     return [
         name,
         state + asked,
@@ -114,7 +114,7 @@ class _Plain:
 
 
 class _Rich:
-    def __init__(self, draw: "Draw") -> None:
+    def __init__(self, draw: Callable[[Table], None]) -> None:
         self._draw = draw
 
     def show(self, rows: Sequence[tuple[Standing, list[str]]]) -> None:
@@ -125,13 +125,6 @@ class _Rich:
         for standing, cells in rows:
             table.add_row(*(Text(cell) for cell in cells), style=_STYLES.get(standing.state))
         self._draw(table)
-
-
-class Draw(Protocol):
-    """What a table is given to."""
-
-    def __call__(self, table: Table, /) -> None:
-        """Draw it."""
 
 
 def _title(rows: Sequence[tuple[Standing, list[str]]]) -> str:

@@ -152,24 +152,30 @@ class Queue:
 
     def __init__(self) -> None:
         self._next = 0.0
-        self._told: dict[str, str] = {}
+        self._told: dict[str, list[str]] = {}
 
-    def told(self, numbers: Iterable[str]) -> dict[str, str]:
-        """What SLURM says of each job, by its number."""
+    def told(self, numbers: Iterable[str]) -> dict[str, list[str]]:
+        """What SLURM says of each job, by its number: a line, or one for each task of an array."""
         wanted = sorted(set(numbers))
         if wanted and (time.monotonic() >= self._next or not set(wanted) <= self._told.keys()):
-            self._told = dict.fromkeys(wanted, "no longer known to SLURM") | self._ask(wanted)
+            self._told = self._ask(wanted)
             self._next = time.monotonic() + _QUEUE_SECONDS
         return self._told
 
-    def _ask(self, numbers: Sequence[str]) -> dict[str, str]:
-        command = ["squeue", "-h", "-t", "all", "-j", ",".join(numbers), "-o", "%A|%T, %M of %l used, %R"]
+    def _ask(self, numbers: Sequence[str]) -> dict[str, list[str]]:
+        own = "%A|%F|"  # the number of the job, and of its array
+        command = ["squeue", "-h", "-t", "all", "-j", ",".join(numbers), "-o", own + "%i: %T, %M of %l used, %R"]
         try:
             asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
-            return dict.fromkeys(numbers, "SLURM does not answer here")
-        pairs = (line.split("|", 1) for line in asked.stdout.splitlines() if "|" in line)
-        return {number: told for number, told in pairs if number in numbers}
+            return {number: [f"{number}: SLURM does not answer here"] for number in numbers}
+        told = sorted(
+            (line.split("|", 2) for line in asked.stdout.splitlines() if line.count("|") > 1), key=lambda one: one[2]
+        )
+        return {
+            number: [words for *names, words in told if number in names] or [f"{number}: no longer known to SLURM"]
+            for number in numbers
+        }
 
 
 def find_runs(folder: Path) -> list[Path]:

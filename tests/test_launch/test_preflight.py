@@ -138,7 +138,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_told(tmp_path, monkeypat
     newest = tmp_path / "checkpoints/step_00000008"
     newest.mkdir(parents=True)
     (newest / "model.safetensors").write_bytes(b"x" * 4096)
-    assert module._lack_of_room(tmp_path) is None
+    assert module._lack_of_room(tmp_path) == ""
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 99))
     assert module._lack_of_room(tmp_path).startswith("99 bytes are free in ")
     assert "takes 4,096, as step_00000008 does" in module._lack_of_room(tmp_path)

@@ -12,7 +12,7 @@ from launch.jobs.attempts import Attempts
 from launch.training.run_folder import locked
 from launch.watching import live
 from launch.watching.live import watch_runs
-from launch.watching.standing import RunReader, find_runs
+from launch.watching.standing import Queue, RunReader, find_runs
 
 
 class Terminal(io.StringIO):
@@ -137,3 +137,22 @@ def test_runs_are_found_below_a_folder_and_those_of_a_sweep_one_by_one(tmp_path)
     assert names == ["a/b/run", "run", "sweep/000", "sweep/001"]
     assert find_runs(tmp_path / "run") == [tmp_path / "run"]
     assert [path.name for path in find_runs(tmp_path / "sweep")] == ["000", "001"]
+
+
+def test_jobs_are_asked_for_at_once_and_an_array_tells_of_each_task(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        '#!/bin/sh\necho "$*" >> $0.asked\n'
+        "printf '%s\\n' '13|12|12_0: RUNNING, 1:00 of 2:00 used, n1'"
+        " '12|12|12_1: PENDING, 0:00 of 2:00 used, (None)'\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    queue = Queue()
+    for _ in range(3):
+        told = queue.told(["12", "13", "9"])
+    assert told["12"] == ["12_0: RUNNING, 1:00 of 2:00 used, n1", "12_1: PENDING, 0:00 of 2:00 used, (None)"]
+    assert told["13"] == ["12_0: RUNNING, 1:00 of 2:00 used, n1"]
+    assert told["9"] == ["9: no longer known to SLURM"]
+    (asked,) = (tmp_path / "squeue.asked").read_text().splitlines()
+    assert "-j 12,13,9 " in asked
