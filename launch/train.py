@@ -19,18 +19,17 @@ from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.environment import environment
 from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
 from launch.models.model import model_class, save_model
-from launch.planning.flops import peak_flops
 from launch.planning.skeleton import step_flops
 from launch.prepare import following, show_data
 from launch.report import report
 from launch.stream_rules import check_opened
+from launch.training.audience import FailureTold, make_watch
 from launch.training.course import Course, make_method, model_of_course, open_course
 from launch.training.elastic import begin_state, come, enter
 from launch.training.granting import settle
 from launch.training.guard import Guard, TrainingDiverged
 from launch.training.heads import begin_heads
 from launch.training.loop import evaluate, train, validation_loss
-from launch.training.pace import cycles
 from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.training.preflight import preflight
 from launch.training.requests import Wishes
@@ -47,8 +46,9 @@ from launch.watching.profiling import profiled
 from launch.watching.spectra import Spectra
 from launch.watching.stage_notes import restore_stages, tell_stream
 from launch.watching.stage_records import stream_of
-from launch.watching.tracker import open_tracker
-from launch.watching.watch import Watch, has_room
+from launch.watching.trackers.config import Images
+from launch.watching.trackers.tracker import Level
+from launch.watching.watch import has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads
@@ -125,6 +125,16 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     on_main(runtime, lambda: folder.begin(config, here, state, total=course.total_steps))
     if resume is None and config.run.save_start and phase.conversion is not None:
         on_main(runtime, lambda: save_model(phase.model, folder.path / "start", course.tokenizer, dtype=torch.float32))
+    watch = make_watch(
+        config,
+        course,
+        folder,
+        console,
+        apart,
+        heads=hosted_heads(config, apart, config.warm_start_steps),
+        state=state,
+        flops=step_flops(config, hf_config, state.step, console.info),
+    )
     run = Run(
         config=config,
         folder=folder,
@@ -141,9 +151,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         state=state,
         guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(
-            config, course, folder, console, runtime, state, step_flops(config, hf_config, state.step, console.info)
-        ),
+        watch=watch,
         stop=stop,
         wishes=Wishes(folder.path if runtime.is_main else None),
         spectra=_spectra(config, folder),
@@ -205,6 +213,11 @@ def execute(run: Run) -> int:
     Raises:
         TrainingDiverged: too many updates were refused; the last checkpoint is from before.
     """
+    with FailureTold(run.watch, run.state):
+        return _execute(run)
+
+
+def _execute(run: Run) -> int:
     state, watch = run.state, run.watch
     if state.step == 0:
         evaluate(run)
@@ -215,30 +228,38 @@ def execute(run: Run) -> int:
     except TrainingDiverged:
         run.saver.wait()
         _summarize(run, {"status": "diverged", "step": state.step, "skipped": state.skipped})
-        watch.tracker.finish(exits.FAILED)
         raise
     if not complete:
-        reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
-        reason = reason or f"training.stop_after={run.config.training.stop_after}"
-        _summarize(run, {"status": "stopped", "reason": reason, "step": state.step})
-        watch.say(f"stopped by {reason} after step {state.step}; the same command continues the run")
-        watch.say("status: stopped")
-        watch.tracker.finish(exits.PREEMPTED)
-        again = (bool(run.stop) or run.stop.agreed) and run.stop.again
-        return _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
+        return _stop(run)
     summary = finish(run)
     _summarize(run, summary)
     watch.tracker.summary(summary)
-    if watch.tracker.run_id is not None:
+    if run.runtime.is_main and watch.tracker.images is not Images.none:
         pictures = report([run.folder.path], run.folder.path / "report")
         watch.tracker.figures({picture.stem: picture for picture in pictures if picture.suffix == ".png"})
-    watch.tracker.finish(exits.DONE)
     watch.say(
         f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.3f}, "
         f"{summary['restarts']} restarts; everything is in {run.folder.path}"
     )
     watch.say("status: done")
-    return _noted(exits.DONE, run.runtime)
+    code = _noted(exits.DONE, run.runtime)
+    watch.finish(code)
+    return code
+
+
+def _stop(run: Run) -> int:
+    """End an attempt at a run that has more to do; returns the exit code."""
+    watch, step, again = run.watch, run.state.step, (bool(run.stop) or run.stop.agreed) and run.stop.again
+    reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
+    reason = reason or f"training.stop_after={run.config.training.stop_after}"
+    _summarize(run, {"status": "stopped", "reason": reason, "step": step})
+    watch.say(f"stopped by {reason} after step {step}; the same command continues the run")
+    watch.say("status: stopped")
+    code = _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
+    if again and run.runtime.is_main:
+        watch.alert("training stopped", f"by {reason} after step {step}, with a checkpoint", Level.warning)
+    watch.finish(code)  # last: the time that a scheduler grants may end meanwhile
+    return code
 
 
 def _noted(code: int, runtime: Runtime, *, reason: str = "", again: bool = True) -> int:
@@ -258,6 +279,8 @@ def finish(run: Run) -> dict[str, Any]:
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)
+        if run.runtime.is_main:
+            run.watch.tracker.model(run.folder.path / "final")
         val_loss = _written_loss(run, live_loss)
         run.watch.event("final", state.step, val_loss=val_loss, merge_difference=val_loss - live_loss)
     seconds = state.train_seconds
@@ -366,38 +389,6 @@ def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     if config.lora is None or not config.run.save_start or config.evaluation.spectra.value == "none":
         return None
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
-
-
-def _watch(
-    config: TrainConfig,
-    course: Course,
-    folder: RunFolder,
-    console: Console,
-    runtime: Runtime,
-    state: RunState,
-    flops: int,
-) -> Watch:
-    tracker = open_tracker(
-        config.tracker if runtime.is_main else None,
-        run_dir=folder.path,
-        run_name=config.run.name,
-        resolved=resolved(config),
-        run_id=folder.tracker_id,
-        say=console.info,
-    )
-    if tracker.run_id is not None:
-        folder.write_tracker_id(tracker.run_id)
-    peak = config.training.peak_flops or peak_flops(runtime.device, config.torch_dtype)[0]
-    return Watch(
-        metrics=folder.metrics if runtime.is_main else None,
-        console=console,
-        tracker=tracker,
-        device=runtime.device,
-        log_every=config.run.log_every,
-        flops_per_step=flops,
-        peak_flops=peak * runtime.world_size,
-        cycles=None if course.is_stream else cycles(config, course.stages[0], state.asked_restarts),
-    )
 
 
 def _introduce(run: Run) -> None:

@@ -21,6 +21,7 @@ from launch.training.saves import note_published, save_checkpoint
 from launch.training.stages import begin_stage, end_stage, fold
 from launch.training.state import RunState
 from launch.training.transition import begin_low_rank
+from launch.watching.trackers.tracker import Level
 from launch.watching.watch import Stopwatch
 from parallel.collectives import sum_over
 from parallel.engine import StepResult
@@ -123,7 +124,9 @@ def update(run: Run, clock: Stopwatch) -> None:
         task=stage.name if run.course.is_stream else None,
         measures=_measures(run, terms, by_term),
     )
-    for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
+    for place, (head, one, loss, result) in enumerate(zip(run.heads, run.states, losses, results, strict=True)):
+        if place:
+            run.watch.head(head, one, loss=loss, lr=lr, grad_norm=result.grad_norm)
         _record(run, head, one, loss, result)
     if run.stepped is not None:
         run.stepped()
@@ -169,6 +172,12 @@ def _record(run: Run, head: int, state: RunState, loss: float, result: StepResul
         if run.sync is None:
             raise
         run.diverged[head] = str(error)  # the other heads hear of it at the next sync
+        return
+    storm = run.guard.storm(state) if result.refused is not None else None
+    if storm is not None:
+        run.watch.alert(
+            "updates are refused", f"step {state.step}: {storm}, the last since its {result.refused}", Level.warning
+        )
 
 
 def evaluate(run: Run) -> float:
