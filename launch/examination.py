@@ -134,6 +134,11 @@ def _packages(found: Examination) -> None:
     check_versions(found, versions)
 
 
+def packages_of() -> dict[str, str]:
+    """What all processes of a run must have alike, as far as a machine's own files tell."""
+    return {"Python": platform.python_version(), **{name: _version(name) or "not installed" for name in LEAST}}
+
+
 def check_versions(found: Examination, versions: Mapping[str, str | None]) -> None:
     """Find packages that are missing or too old."""
     for name, least in LEAST.items():

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from launch.jobs.attempt import Outcome, note
+from launch.jobs.attempt import NodeTrouble, Outcome, note
 from parallel.files import is_disk_error
 from parallel.launchers import rank_in
 from parallel.watchdog import Failure
@@ -40,7 +40,8 @@ def run(command: Callable[[], int]) -> int:
 
 def tell(host: str | None, failure: Failure) -> None:
     """Let the supervisor know of a failure, and of the machine where it was seen to happen."""
-    note(Outcome(code=failure.code, reason=failure.message, host=host if failure.observed else None))
+    blamed = failure.host or (host if failure.observed else None)
+    note(Outcome(code=failure.code, reason=failure.message, host=blamed))
 
 
 def explain(error: BaseException) -> Failure:
@@ -51,6 +52,8 @@ def explain(error: BaseException) -> Failure:
     line = " ".join(str(error).split())  # other libraries' words may come in several lines
     if isinstance(error, ConfigError):
         return Failure(message=line, code=REFUSED)
+    if isinstance(error, NodeTrouble):
+        return Failure(message=line, code=FAILED, host=error.host)
     if isinstance(error, TrainingDiverged):
         return Failure(message=line, code=FAILED)
     if isinstance(error, MeetingLost):

@@ -1,43 +1,56 @@
 """`status`: how far runs are, by their run folders and, for jobs, by SLURM."""
 
 import argparse
-import fcntl
-import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from launch import exits
-from launch.config import load_stored
-from launch.jobs.attempts import Attempt, Attempts, newest_step
+from launch.jobs.attempts import Attempt
 from launch.jobs.sweep import is_sweep, show_sweep
+from launch.watching.live import show_once, watch_runs
 from launch.watching.readings import duration, perplexity
-from launch.watching.records import Record, read_records
+from launch.watching.standing import Queue, RunReader, Standing, find_runs
 from relora.errors import ConfigError
 
-_RECENT = 20
-"""Records that the pace is taken from."""
-_ANSWER_SECONDS = 15.0
+_EVERY_SECONDS = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `status`; returns its exit code."""
     parser = argparse.ArgumentParser(prog="accrete status", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder with runs in it")
+    parser.add_argument("--watch", action="store_true", help="show one table of all runs, again and again until Ctrl-C")
+    parser.add_argument(
+        "--every", type=float, metavar="SECONDS", help=f"between two looks (default {_EVERY_SECONDS:g})"
+    )
     words = parser.parse_args(argv)
-    return exits.run(lambda: _command(words.runs))
+    return exits.run(lambda: _command(words.runs, watch=words.watch, every=words.every))
 
 
-def _command(runs: Sequence[Path]) -> int:
+def _command(runs: Sequence[Path], *, watch: bool, every: float | None) -> int:
+    if every is not None and (not watch or every <= 0):
+        why = "must be above 0" if watch else "has no effect without --watch: leave it out"
+        raise ConfigError(f"--every {every:g} {why}")
+    for run in runs:
+        if not is_sweep(run) and not (run.is_dir() and find_runs(run)):
+            raise ConfigError(f"{run} holds no run and no job: name the folder that train or submit printed")
+    if watch:
+        try:
+            watch_runs(runs, sys.stdout, seconds=every or _EVERY_SECONDS)
+        except KeyboardInterrupt:
+            print()
+        return exits.DONE
     for number, run in enumerate(runs):
         if number:
             print()
         if is_sweep(run):
             show_sweep(run)
+            continue
+        if find_runs(run) != [run]:
+            show_once([run], sys.stdout)
             continue
         rows = status(run)
         width = max(len(name) for name, _ in rows)
@@ -49,92 +62,39 @@ def status(run: Path) -> list[tuple[str, str]]:
     """What is known of a run, as names and texts.
 
     Raises:
-        ConfigError: there is no run and no job.
+        ConfigError: its configuration cannot be read.
     """
-    attempts, job = Attempts(run).read(), _job(run)
+    one = RunReader(run).read()
     rows = [("run", str(run))]
-    if job is not None:
-        rows.append(("job", job))
-    if not (run / "config.yaml").is_file():
-        if job is None and not attempts:
-            raise ConfigError(f"{run} holds no run and no job: name the folder that train or submit printed")
-        return [*rows, ("state", "has not begun"), *_attempts(attempts)]
-    summary, records = _summary(run), read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    rows.append(("state", _state(run, summary)))
-    rows += _progress(run, [record for record in records if "loss" in record and "event" not in record])
-    rows += _events(records)
-    return rows + _attempts(attempts)
+    if one.number is not None:
+        rows += [("job", line) for line in Queue().told([one.number])[one.number]]
+    rows.append(("state", f"{one.state}: {one.reason}" if one.reason else one.state))
+    if one.begun:
+        rows += _progress(one)
+        rows += _events(one)
+    return rows + _attempts(one.attempts)
 
 
-def _job(run: Path) -> str | None:
-    """The job that submit started, as SLURM sees it now; None for a run without one."""
-    path = run / "job/job_id"
-    if not path.exists():
-        return None
-    number = path.read_text(encoding="ascii").strip()
-    command = ["squeue", "-h", "-t", "all", "-j", number, "-o", "%T, %M of %l used, %R"]
-    try:
-        asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return f"{number} (SLURM does not answer here)"
-    told = asked.stdout.strip() if asked.returncode == 0 else ""
-    return f"{number}: {told or 'no longer known to SLURM'}"
-
-
-def _summary(run: Path) -> dict[str, Any]:
-    path = run / "summary.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def _state(run: Path, summary: dict[str, Any]) -> str:
-    """Whether a process holds the run folder, else what the last one said at its end."""
-    if _in_use(run / ".lock"):
-        return "training"
-    status = summary.get("status", "ended without a word, or holds its folder on another machine")
-    return f"{status}: {summary['reason']}" if "reason" in summary else str(status)
-
-
-def _in_use(lock: Path) -> bool:
-    if not lock.exists():
-        return False
-    with lock.open("r") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _progress(run: Path, steps: Sequence[Record]) -> list[tuple[str, str]]:
-    config = load_stored(run)
-    total = None if config.continual is not None else config.total_steps  # a stream's length is known with its data
-    step = steps[-1]["step"] if steps else 0
-    of = f" of {total} ({step / total:.0%})" if total else ""
-    rows = [("step", f"{step}{of}, newest checkpoint {newest_step(run)}")]
-    if steps:
-        last = steps[-1]
-        task = f"task {last['task']}, " if "task" in last else ""
-        loss = math.nan if last["loss"] is None else last["loss"]
-        rows.append(("loss", f"{task}{loss:.4f}, perplexity {perplexity(loss)}, lr {last['lr']:.2e}"))
-    recent = [one["tokens_per_second"] for one in steps[-_RECENT:] if one.get("tokens_per_second")]
-    if total and recent and step < total:
-        tokens = steps[-1]["tokens"] / step
-        pace = sum(recent) / len(recent)
-        rows.append(("left", f"{duration((total - step) * tokens / pace)} of training"))
+def _progress(one: Standing) -> list[tuple[str, str]]:
+    of = f" of {one.total} ({one.step / one.total:.0%})" if one.total else ""
+    rows = [("step", f"{one.step}{of}, newest checkpoint {one.checkpoint}")]
+    if one.last is not None:
+        task = f"task {one.last['task']}, " if "task" in one.last else ""
+        loss = math.nan if one.last["loss"] is None else one.last["loss"]
+        rows.append(("loss", f"{task}{loss:.4f}, perplexity {perplexity(loss)}, lr {one.last['lr']:.2e}"))
+    if one.seconds_left is not None:
+        rows.append(("left", f"{duration(one.seconds_left)} of training"))
     return rows
 
 
-def _events(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The last validation, and how often what the run did besides."""
+def _events(one: Standing) -> list[tuple[str, str]]:
+    """The last validation, how often what the run did besides, and what it is asked for."""
     rows = []
-    validations = [record for record in records if record.get("event") == "evaluate"]
-    if validations:
-        last = validations[-1]
-        rows.append(("validation", f"{last['val_loss']:.4f} at step {last['step']}"))
-    for event in ("restart", "sync", "skip"):
-        count = sum(record.get("event") == event for record in records)
-        if count:
-            rows.append((event + "s", str(count)))
+    if one.validation is not None:
+        rows.append(("validation", f"{one.validation['val_loss']:.4f} at step {one.validation['step']}"))
+    rows += [(f"{name}s", str(one.counts[name])) for name in ("restart", "sync", "skip") if name in one.counts]
+    if one.asked:
+        rows.append(("asked for", ", ".join(one.asked)))
     return rows
 
 

@@ -19,16 +19,18 @@ from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.environment import environment
 from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
 from launch.models.model import model_class, save_model
-from launch.planning.flops import peak_flops
 from launch.prepare import following, show_data
 from launch.stream_rules import check_opened
+from launch.training.audience import FailureTold, make_watch
 from launch.training.course import Course, make_method, model_of_course, open_course
 from launch.training.elastic import begin_state, come, enter
+from launch.training.granting import settle
 from launch.training.guard import Guard, TrainingDiverged
 from launch.training.heads import begin_heads
 from launch.training.loop import evaluate, train, validation_loss
-from launch.training.pace import cycles
 from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
+from launch.training.preflight import preflight
+from launch.training.requests import Wishes
 from launch.training.resuming import check_course
 from launch.training.run import Run, measure_update, show_model
 from launch.training.run_folder import RunFolder, default_folder, find, locked
@@ -43,8 +45,9 @@ from launch.watching.profiling import profiled
 from launch.watching.spectra import Spectra
 from launch.watching.stage_notes import restore_stages, tell_stream
 from launch.watching.stage_records import stream_of
-from launch.watching.tracker import open_tracker
-from launch.watching.watch import Watch, has_room
+from launch.watching.trackers.config import Images
+from launch.watching.trackers.tracker import Level
+from launch.watching.watch import has_room
 from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads
@@ -86,6 +89,7 @@ def run_command(config: TrainConfig) -> int:
         path = Path(on_main(runtime, lambda: str(default_folder(config))))
         with locked(path) if runtime.is_main else nullcontext():
             console = make_console(enabled=runtime.is_main)
+            preflight(config, path, runtime, console.info)
             folder = _find(config, path, runtime)
             for notice in folder.notices:
                 console.info(notice)
@@ -108,7 +112,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         check_opened(config, config.continual, course, runtime.batch.size)
     elastic = come(config, folder, runtime, course, console.info)
     resume = folder.resume
-    state = _counters(folder, course, elastic, config.continual)
+    state = _counters(folder, course, elastic, config.continual, runtime)
     apart = runtime
     if state.step < config.warm_start_steps:
         runtime = as_one(apart, config.parallel.timeout_seconds)
@@ -117,9 +121,18 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     phase = make_phase(config, hf_config, step=state.step, fresh=resume is None, tensor=tensor, heads=heads)
     bounded = [] if config.lte is None or config.relora is not None else bounded_layers(phase.model, config.lte)
     here = environment(runtime.device, mesh=apart.mesh)
-    on_main(runtime, lambda: folder.begin(config, here, step=state.step, total=course.total_steps))
+    on_main(runtime, lambda: folder.begin(config, here, state, total=course.total_steps))
     if resume is None and config.run.save_start and phase.conversion is not None:
         on_main(runtime, lambda: save_model(phase.model, folder.path / "start", course.tokenizer, dtype=torch.float32))
+    watch = make_watch(
+        config,
+        course,
+        folder,
+        console,
+        apart,
+        heads=hosted_heads(config, apart, config.warm_start_steps),
+        state=state,
+    )
     run = Run(
         config=config,
         folder=folder,
@@ -136,8 +149,9 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         state=state,
         guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=_watch(config, course, folder, console, runtime),
+        watch=watch,
         stop=stop,
+        wishes=Wishes(folder.path if runtime.is_main else None),
         spectra=_spectra(config, folder),
         elastic=elastic,
     )
@@ -158,7 +172,11 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
 
 
 def _counters(
-    folder: RunFolder, course: Course, elastic: ElasticHeads | None, continual: ContinualConfig | None
+    folder: RunFolder,
+    course: Course,
+    elastic: ElasticHeads | None,
+    continual: ContinualConfig | None,
+    runtime: Runtime,
 ) -> RunState:
     """What the run knows of itself as it begins."""
     state = RunState()
@@ -167,6 +185,8 @@ def _counters(
         check_course(folder, course, state.begun)
         if continual is not None:
             state.gone_back = continual.restart_from
+    done, asked = state.step, state.asked_restarts
+    state.asked_restarts = on_main(runtime, lambda: folder.kept_restarts(asked, done))
     if elastic is not None:
         begin_state(elastic, state)
     return state
@@ -192,41 +212,55 @@ def execute(run: Run) -> int:
     Raises:
         TrainingDiverged: too many updates were refused; the last checkpoint is from before.
     """
+    with FailureTold(run.watch, run.state):
+        return _execute(run)
+
+
+def _execute(run: Run) -> int:
     state, watch = run.state, run.watch
     if state.step == 0:
         evaluate(run)
     try:
         with watch.console.progress(run.course.total_steps, state.step) as watch.progress, profiled(run):
             complete = train(run)
+        settle(run)
     except TrainingDiverged:
         run.saver.wait()
         _summarize(run, {"status": "diverged", "step": state.step, "skipped": state.skipped})
-        watch.tracker.finish(exits.FAILED)
         raise
     if not complete:
-        reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
-        reason = reason or f"training.stop_after={run.config.training.stop_after}"
-        _summarize(run, {"status": "stopped", "reason": reason, "step": state.step})
-        watch.say(f"stopped by {reason} after step {state.step}; the same command continues the run")
-        watch.say("status: stopped")
-        watch.tracker.finish(exits.PREEMPTED)
-        again = bool(run.stop) or run.stop.agreed
-        return _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
+        return _stop(run)
     summary = finish(run)
     _summarize(run, summary)
     watch.tracker.summary(summary)
-    if watch.tracker.run_id is not None:
+    if run.runtime.is_main and watch.tracker.images is not Images.none:
         from launch.report import report  # matplotlib comes with it, and no step waits for that
 
         pictures = report([run.folder.path], run.folder.path / "report")
         watch.tracker.figures({picture.stem: picture for picture in pictures if picture.suffix == ".png"})
-    watch.tracker.finish(exits.DONE)
     watch.say(
         f"validation loss {summary['val_loss']:.4f}, perplexity {summary['val_perplexity']:.3f}, "
         f"{summary['restarts']} restarts; everything is in {run.folder.path}"
     )
     watch.say("status: done")
-    return _noted(exits.DONE, run.runtime)
+    code = _noted(exits.DONE, run.runtime)
+    watch.finish(code)
+    return code
+
+
+def _stop(run: Run) -> int:
+    """End an attempt at a run that has more to do; returns the exit code."""
+    watch, step, again = run.watch, run.state.step, (bool(run.stop) or run.stop.agreed) and run.stop.again
+    reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
+    reason = reason or f"training.stop_after={run.config.training.stop_after}"
+    _summarize(run, {"status": "stopped", "reason": reason, "step": step})
+    watch.say(f"stopped by {reason} after step {step}; the same command continues the run")
+    watch.say("status: stopped")
+    code = _noted(exits.PREEMPTED, run.runtime, reason=f"stopped by {reason}", again=again)
+    if again and run.runtime.is_main:
+        watch.alert("training stopped", f"by {reason} after step {step}, with a checkpoint", Level.warning)
+    watch.finish(code)  # last: the time that a scheduler grants may end meanwhile
+    return code
 
 
 def _noted(code: int, runtime: Runtime, *, reason: str = "", again: bool = True) -> int:
@@ -246,6 +280,8 @@ def finish(run: Run) -> dict[str, Any]:
     val_loss = live_loss
     if config.run.save_final:
         save_folder(run, "final", last_checkpoint(run), config.torch_dtype)
+        if run.runtime.is_main:
+            run.watch.tracker.model(run.folder.path / "final")
         val_loss = _written_loss(run, live_loss)
         run.watch.event("final", state.step, val_loss=val_loss, merge_difference=val_loss - live_loss)
     seconds = state.train_seconds
@@ -354,31 +390,6 @@ def _spectra(config: TrainConfig, folder: RunFolder) -> Spectra | None:
     if config.lora is None or not config.run.save_start or config.evaluation.spectra.value == "none":
         return None
     return Spectra(folder.path / "start", folder.path, config.evaluation.spectra.value)
-
-
-def _watch(config: TrainConfig, course: Course, folder: RunFolder, console: Console, runtime: Runtime) -> Watch:
-    tracker = open_tracker(
-        config.tracker if runtime.is_main else None,
-        run_dir=folder.path,
-        run_name=config.run.name,
-        resolved=resolved(config),
-        run_id=folder.tracker_id,
-        say=console.info,
-    )
-    if tracker.run_id is not None:
-        folder.write_tracker_id(tracker.run_id)
-    peak = config.training.peak_flops
-    if peak is None and runtime.is_main:
-        peak = peak_flops(runtime.device, config.torch_dtype)[0]
-    return Watch(
-        metrics=folder.metrics if runtime.is_main else None,
-        console=console,
-        tracker=tracker,
-        device=runtime.device,
-        log_every=config.run.log_every,
-        peak_flops=None if peak is None else peak * runtime.world_size,
-        cycles=None if course.is_stream else cycles(config, course.stages[0]),
-    )
 
 
 def _introduce(run: Run) -> None:

@@ -1,7 +1,9 @@
 """How fast processes exchange: all-reduce over all of them, and over pairs within and between machines."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,41 @@ def measure(runtime: Runtime, hosts: list[str]) -> list[Reading]:
             readings += [_reading(runtime, group, name, len(ranks), size) for size in SIZES]
         dist.barrier(group=runtime.control)
     return readings
+
+
+def time_all_reduce(runtime: Runtime, *, limit_seconds: float, size: int = 1 << 20) -> float | None:
+    """Seconds of an all-reduce over all processes once they are connected; None if it does not end."""
+    value = torch.ones(size // 4, device=runtime.device)
+    seconds = 0.0
+    for _ in range(2):  # the first one connects
+        before = time.perf_counter()
+        work = dist.all_reduce(value, async_op=True)
+        assert work is not None
+        try:
+            work.wait(timedelta(seconds=limit_seconds))
+        except RuntimeError:
+            return None
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - before
+    return seconds
+
+
+def round_trips(runtime: Runtime, ranks: Sequence[int], size: int = 1 << 20) -> dict[int, float]:
+    """Seconds that so many bytes take from process 0 to others and back, over gloo; nothing on the others."""
+    found = {}
+    value = torch.zeros(size, dtype=torch.uint8)
+    for rank in ranks:
+        for _ in range(2):  # the first one connects
+            if runtime.is_main:
+                before = time.perf_counter()
+                dist.send(value, dst=rank, group=runtime.control)
+                dist.recv(value, src=rank, group=runtime.control)
+                found[rank] = time.perf_counter() - before
+            elif runtime.process_rank == rank:
+                dist.recv(value, src=0, group=runtime.control)
+                dist.send(value, dst=0, group=runtime.control)
+    return found
 
 
 def groups_to_measure(hosts: list[str]) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ there is one, else the CPU. How launchers announce processes is in parallel/laun
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cache
 
@@ -104,6 +104,17 @@ def as_one(runtime: Runtime, timeout_seconds: float) -> Runtime:
         return runtime
     mesh = mesh_of(runtime.world_size, tensor=runtime.mesh.tensor, heads=1)
     return _on_mesh(runtime.process_rank, mesh, timeout_seconds)
+
+
+def with_limit(runtime: Runtime, seconds: float) -> Runtime:
+    """The same processes, whose small exchanges take no longer than so many seconds each, or fail.
+
+    Collectives: makes a group, by all processes alike.
+    """
+    if runtime.control is None:
+        return runtime
+    ranks = list(range(runtime.world_size))
+    return replace(runtime, control=dist.new_group(ranks, timeout=timedelta(seconds=seconds), backend="gloo"))
 
 
 def _open(found: Announcement, backend: str, timeout_seconds: float) -> None:

@@ -56,6 +56,8 @@ class Failure:
     """Shown before the message; empty for what the user can mend."""
     observed: bool = False
     """Whether the watchdog saw it, and the message names the process already."""
+    host: str | None = None
+    """The machine whose own trouble it is, where that is known."""
     consequence: bool = False
     """Whether another process's failure may be the cause."""
 

@@ -8,6 +8,7 @@ Nothing is stored, so a resumed run needs no scheduler state.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -97,8 +98,13 @@ def check_schedule(config: ScheduleConfig, *, total_steps: int, restarts: Restar
         )
 
 
-def multiplier(step: int, config: ScheduleConfig, *, total_steps: int, restarts: Restarts | None) -> float:
+def multiplier(
+    step: int, config: ScheduleConfig, *, total_steps: int, restarts: Restarts | None, asked: Sequence[int] = ()
+) -> float:
     """Return the factor on the peak learning rate of the update that follows the first `step` updates.
+
+    Args:
+        asked: steps of restarts beside those of the rhythm; they have the ramp, and nothing anneals before them.
 
     Units: step counts finished updates, so the first update is 0 and the last total_steps - 1.
     Source: the ramp is that of `cosine_restarts` in github.com/Guitaricet/relora, for any base curve.
@@ -107,12 +113,13 @@ def multiplier(step: int, config: ScheduleConfig, *, total_steps: int, restarts:
     if restarts is None or step < restarts[1]:
         return value
     every, start = restarts
-    cycle_start = step - (step - start) % every
+    planned = step - (step - start) % every
+    cycle_start = max([planned, *(one for one in asked if start < one <= step)])
     # Step 0 is the warm-up's; nothing restarts at or after the end of the run.
     if 0 < cycle_start < total_steps and step - cycle_start < config.restart_warmup_steps:
         progress = (step - cycle_start) / config.restart_warmup_steps
         value = progress * _curve(cycle_start + config.restart_warmup_steps, config, total_steps)
-    next_restart = cycle_start + every
+    next_restart = planned + every
     if next_restart < total_steps and next_restart - step < config.anneal_steps:
         value *= (next_restart - step) / config.anneal_steps
     return value

@@ -34,6 +34,14 @@ class Outcome:
     """Whether a stopped run wants to go on."""
 
 
+class NodeTrouble(RuntimeError):
+    """One machine cannot do what the others can, and had better be left out."""
+
+    def __init__(self, host: str, message: str) -> None:
+        super().__init__(message)
+        self.host = host
+
+
 def folder_of(environment: Mapping[str, str]) -> Path | None:
     """The folder of this process's attempt, if it is supervised."""
     return Path(environment[VARIABLE]) if environment.get(VARIABLE) else None

@@ -21,7 +21,7 @@ from launch.jobs.launcher import (
     load_launcher,
     of_launcher,
 )
-from launch.jobs.network import RESTARTABLE
+from launch.jobs.network import NO_PREFLIGHT, RESTARTABLE
 from launch.jobs.slurm_script import job_script
 from launch.jobs.sweep import Choice, expand
 from launch.training.run_folder import default_folder
@@ -70,7 +70,10 @@ class Job:
 
     def variables(self) -> dict[str, str]:
         """What is set for them."""
-        return {**dict([RESTARTABLE] if self.restarts else []), **(self.launcher.environment or {})}
+        own = dict([RESTARTABLE] if self.restarts else [])
+        if not self.launcher.preflight:
+            own[NO_PREFLIGHT[0]] = NO_PREFLIGHT[1]
+        return {**own, **(self.launcher.environment or {})}
 
     @property
     def restarts(self) -> bool:
@@ -165,6 +168,8 @@ def _check(config: TrainConfig, launcher: LocalConfig) -> None:
             )
     elif isinstance(launcher, (TorchrunConfig, MpiConfig)):
         counts = [_processes(launcher)]
+    if not launcher.preflight and max(counts) == 1:
+        raise ConfigError("launcher.preflight=false has no effect on one process: leave it out")
     for count in counts:
         check_mesh(config, mesh_of(count, tensor=config.parallel.tensor, heads=config.heads))
 

@@ -37,6 +37,8 @@ class LocalConfig:
     """Attempts in a row that bring the run no further, after which it is given up."""
     environment: dict[str, str] | None = None
     """Variables of the training processes, as {NAME: value}."""
+    preflight: bool = True
+    """Compare machines and processes at the beginning of each attempt: versions, clocks, links, files."""
     python: str | None = None
     """The interpreter; null: the one that runs this command, or `python` in a container."""
 

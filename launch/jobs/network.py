@@ -5,6 +5,9 @@ from typing import NamedTuple
 # torch 2.13 offers workers the agent's own store; after a start anew on several machines its addresses are stale.
 RESTARTABLE = ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
+NO_PREFLIGHT = ("ACCRETE_PREFLIGHT", "0")
+"""As launch/training/preflight.py reads it."""
+
 
 class Setting(NamedTuple):
     """A variable of the training processes."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.jobs.launcher import SlurmConfig, Start
-from launch.jobs.network import network_settings
+from launch.jobs.network import NO_PREFLIGHT, network_settings
 
 _PORTS = "15000 + SLURM_JOB_ID % 15000"
 """Below Linux's ephemeral ports (32768), which other programs are given at random."""
@@ -102,6 +102,8 @@ def _environment(config: SlurmConfig) -> list[str]:
         grace_seconds=config.signal_seconds,
     )
     lines += [f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in network]
+    if not config.preflight:
+        lines.append(f"export {'='.join(NO_PREFLIGHT)}  # launcher.preflight=false")
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in (config.environment or {}).items()]
 
 

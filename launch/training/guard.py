@@ -47,13 +47,23 @@ class Guard:
             state.grad_norms = [*state.grad_norms, grad_norm][-self.window :]
             return
         state.skipped.append(state.step)
-        recent = [step for step in state.skipped if step > state.step - self.window]
-        if len(recent) >= self.max_skips:
+        recent = self._recent(state)
+        if recent >= self.max_skips:
             raise TrainingDiverged(
-                f"{len(recent)} of the last {self.window} updates were refused, the last at step {state.step} "
+                f"{recent} of the last {self.window} updates were refused, the last at step {state.step} "
                 f"because its {refused}. Lower optimizer.lr or training.max_grad_norm, look at the data near "
                 "that step, or raise training.max_skips; the last checkpoint is from before"
             )
+
+    def storm(self, state: RunState) -> str | None:
+        """What there is to tell when, with this refused update, half of those that end the run have come together."""
+        recent = self._recent(state)
+        if 2 * recent < self.max_skips or 2 * (recent - 1) >= self.max_skips:
+            return None
+        return f"{recent} of the last {self.window} updates were refused; {self.max_skips} end the run"
+
+    def _recent(self, state: RunState) -> int:
+        return sum(step > state.step - self.window for step in state.skipped)
 
     def _limit(self, history: Sequence[float]) -> float | None:
         if self.sigma == 0 or len(history) < self.window:

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 
 from launch.training.guard import TrainingDiverged
+from launch.training.requests import Wish, from_number, to_number
 from launch.training.run import Run
 from launch.training.state import RunState
 from parallel.exchange import HeadExchange
@@ -80,7 +81,7 @@ def sync_run(run: Run, *, everything: bool) -> None:
 
 
 def words_of(run: Run, fragment: int | None) -> list[list[float]]:
-    """What each head of this process says as a sync begins: weight, loss, a wish to stop, whether it cannot go on."""
+    """What each head of this process says as a sync begins: weight, loss, wishes, whether it cannot go on."""
     return [_words_of(run, head, state, fragment) for head, state in zip(run.heads, run.states, strict=True)]
 
 
@@ -92,13 +93,15 @@ def _words_of(run: Run, head: int, state: RunState, fragment: int | None) -> lis
     for done in range(config.fragments) if fragment is None else [fragment]:
         state.learned[done] = 0.0
     loss = math.nan if state.train_loss is None else state.train_loss
-    return [weight, loss, float(run.stop.asked), float(head in run.diverged)]
+    wishes = run.wishes.heard | ({Wish.stop} if run.stop.asked else set())
+    return [weight, loss, float(to_number(wishes)), float(head in run.diverged)]
 
 
 def _note(run: Run, report: SyncReport, said: list[list[float]]) -> None:
     state = run.state
     _, losses, asked, diverged = (list(column) for column in zip(*said, strict=True))
-    run.stop.agreed = run.stop.agreed or any(asked)
+    run.wishes.agreed = frozenset().union(*map(from_number, asked))
+    run.stop.agreed = run.stop.agreed or Wish.stop in run.wishes.agreed
     state.syncs += 1
     state.sync_seconds += report.seconds
     state.bytes_sent += report.bytes

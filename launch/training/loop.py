@@ -10,15 +10,18 @@ from torch import nn
 from continual.batches import Batch
 from continual.method import Stage, Term
 from launch.training.elastic import meet_others
+from launch.training.granting import asked_to_stop, grant, restart_asked, together, told
 from launch.training.guard import TrainingDiverged
 from launch.training.heads import sync_run
 from launch.training.objective import accumulate, apart, mean_loss, validation_batches
 from launch.training.pace import cycle, learning_rate, restart_follows
+from launch.training.requests import Wish, from_number, to_number
 from launch.training.run import Run, measure_update
 from launch.training.saves import note_published, save_checkpoint
 from launch.training.stages import begin_stage, end_stage, fold
 from launch.training.state import RunState
 from launch.training.transition import begin_low_rank
+from launch.watching.trackers.tracker import Level
 from launch.watching.watch import Stopwatch
 from parallel.collectives import sum_over
 from parallel.engine import StepResult
@@ -60,25 +63,32 @@ def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
         update(run, clock)
         at_end = state.step == stage.end
         warm_start_ends = state.step == config.warm_start_steps and not at_end
-        restarts = restart_follows(config, stage, state.step)
+        restarts = restart_asked(run) or restart_follows(config, stage, state.step)
         if run.elastic is not None:
             meet_others(run)
         elif run.sync is not None:
             sync_run(run, everything=restarts or at_end)
         if restarts:
             fold(run)
-        if _due(config.evaluation.every, state.step) or at_end:
+        wishes = run.wishes.agreed if together(run) else frozenset()
+        if _due(config.evaluation.every, state.step) or at_end or Wish.evaluate in wishes:
             evaluate(run)
+            grant(run, Wish.evaluate)
             if run.sync is not None and not restarts and not at_end:
                 measure_update(run)  # far more work than a sync; restarts and the end have theirs
         if warm_start_ends:
             run.watch.event("warm_start_end", state.step)
-        if warm_start_ends or (_due(config.checkpoint.every, state.step) and not at_end):
+        due = _due(config.checkpoint.every, state.step) or Wish.checkpoint in wishes
+        if warm_start_ends or (due and not at_end):
             save_checkpoint(run)
+        if Wish.checkpoint in wishes:
+            run.saver.wait()  # whoever asked wants it on disk
+            grant(run, Wish.checkpoint)
         if warm_start_ends:
             begin_low_rank(run)
         note_published(run)
         state.train_seconds += clock.lap()
+        run.wishes.cycle_ended = restarts or at_end
     return state.step == stage.end
 
 
@@ -86,7 +96,7 @@ def update(run: Run, clock: Stopwatch) -> None:
     """One optimizer step on the next global batch."""
     config, state, stage = run.config, run.state, run.stage
     size = config.job_batch
-    lr = run.trainee.lr = learning_rate(config, stage, state.step)
+    lr = run.trainee.lr = learning_rate(config, stage, state.step, state.asked_restarts)
     terms = [run.among(term) for term in run.method.terms(run.trainee, stage, run.next_batch())]
     with formed_weights(run.model, seed=config.run.seed, step=state.step):
         parts = torch.stack([_accumulated(run, term, number == 0) for number, term in enumerate(terms)])
@@ -108,14 +118,16 @@ def update(run: Run, clock: Stopwatch) -> None:
         loss=losses[0],
         lr=lr,
         grad_norm=results[0].grad_norm,
-        cycle=cycle(config, stage, state.step - 1),
+        cycle=cycle(config, stage, state.step - 1, state.asked_restarts),
         tokens=size * run.course.tokens_per_sample,
         seconds=seconds,
         head=run.heads[0] if run.sync is not None else None,
         task=stage.name if run.course.is_stream else None,
         measures=_measures(run, terms, by_term),
     )
-    for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
+    for place, (head, one, loss, result) in enumerate(zip(run.heads, run.states, losses, results, strict=True)):
+        if place:
+            run.watch.head(head, one, loss=loss, lr=lr, grad_norm=result.grad_norm)
         _record(run, head, one, loss, result)
     if run.stepped is not None:
         run.stepped()
@@ -161,6 +173,12 @@ def _record(run: Run, head: int, state: RunState, loss: float, result: StepResul
         if run.sync is None:
             raise
         run.diverged[head] = str(error)  # the other heads hear of it at the next sync
+        return
+    storm = run.guard.storm(state) if result.refused is not None else None
+    if storm is not None:
+        run.watch.alert(
+            "updates are refused", f"step {state.step}: {storm}, the last since its {result.refused}", Level.warning
+        )
 
 
 def evaluate(run: Run) -> float:
@@ -200,25 +218,28 @@ def _of_heads(by_term: list[list[float]]) -> list[float]:
 
 
 def _agree(run: Run, parts: torch.Tensor) -> Callable[[], list[list[float]]]:
-    """Losses over all processes of the head, and, while they talk, whether any of them was asked to stop.
+    """Losses over all processes of the head, and, while they talk, what any of them was asked for.
 
     They are read when they are asked for: by then the gradient norm is known, and the device is not waited for twice.
     Shapes: (terms, heads)
     """
     axes = run.runtime
-    sums = torch.zeros(parts.numel() + 1, dtype=torch.float64, device=axes.device)
+    sums = torch.zeros(parts.numel() + 2, dtype=torch.float64, device=axes.device)
     if axes.tensor.index == 0:
-        sums[:-1] = parts.flatten()
+        sums[:-2] = parts.flatten()
+    sums[-2] = to_number(told(run))  # of the main process alone
     sums[-1] = float(bool(run.stop))
     sums = sum_over(axes.model, sums)
     terms, heads = parts.shape
 
     @cache
     def read() -> list[list[float]]:
-        *losses, asked = sums.tolist()
-        run.stop.asked = asked > 0
+        *losses, wishes, asked = sums.tolist()
+        run.stop.asked, run.wishes.heard = asked > 0, from_number(wishes)
         if run.sync is None:
             run.stop.agreed = run.stop.asked
+        if run.sync is None or run.elastic is not None:
+            run.wishes.agreed = run.wishes.heard
         return [losses[term * heads :][:heads] for term in range(terms)]
 
     return read
@@ -233,6 +254,7 @@ def _asked_to_stop(run: Run) -> bool:
         asked = run.stop.agreed and run.state.step % run.config.lte.sync_every == 0  # where a checkpoint can be
     else:
         asked = bool(run.stop) if run.runtime.world_size == 1 else run.stop.agreed
+    asked = asked or asked_to_stop(run)
     return asked or (stop_after is not None and run.state.step >= stop_after)
 
 

@@ -13,9 +13,11 @@ from launch.config import TrainConfig
 from launch.training.course import Course
 from launch.training.guard import Guard
 from launch.training.paths import told
+from launch.training.requests import Wishes
 from launch.training.run_folder import RunFolder
 from launch.training.signals import StopRequest
 from launch.training.state import RunState
+from launch.watching.pictures import note_spectra
 from launch.watching.spectra import Spectra
 from launch.watching.watch import Watch
 from parallel.elastic import ElasticHeads
@@ -58,6 +60,8 @@ class Run:
     watch: Watch
     """Silent on all processes but the main one."""
     stop: StopRequest
+    wishes: Wishes
+    """What else the run is asked for."""
     spectra: Spectra | None
     sync: HeadSync | None = None
     """The syncs of LTE's heads; None while all processes train as one."""
@@ -124,6 +128,8 @@ def measure_update(run: Run) -> None:
     if run.spectra is not None and state.step > 0 and run.conversion is not None:
         merges = state.restarts + state.syncs + int(pending)  # the last cycle's delta is folded in by final/ only
         run.spectra.measure(run.model, run.engine.store.whole_weight, run.runtime, step=state.step, merges=merges)
+        if run.runtime.is_main:
+            note_spectra(run.watch, run.folder.path)
 
 
 def show_model(run: Run) -> None:

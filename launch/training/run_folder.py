@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 
 from launch.config import TrainConfig, keys_of, resolved
 from launch.training.going_back import set_aside, way_back
+from launch.training.state import RunState
 from launch.watching.records import truncate_records
 from parallel.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from parallel.files import write_atomically
@@ -93,16 +94,33 @@ class RunFolder:
         """The singular values at each restart."""
         return self.path / "spectra.jsonl"
 
-    def begin(self, config: TrainConfig, environment: dict[str, Any], *, step: int, total: int) -> None:
+    def begin(self, config: TrainConfig, environment: dict[str, Any], state: RunState, *, total: int) -> None:
         """Write what describes the run, and drop the records of steps that will be done again."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if state.asked_restarts or self._asked_restarts.exists():
+            self.keep_restarts(state.asked_restarts)
         set_aside(self.abandoned)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=1) + "\n")
+        step = state.step
         done = step if self.resume or step else -1  # a head that joins others has no checkpoint to go on from
         truncate_records(self.metrics, done)
         # The last cycle is measured after the last step, so a run that was killed at its very end measures it again.
         truncate_records(self.spectra, done - 1 if done == total else done)
+
+    def keep_restarts(self, steps: Sequence[int]) -> None:
+        """Write down after which steps restarts were asked for, before they are made."""
+        write_atomically(self._asked_restarts, json.dumps(list(steps)) + "\n")
+
+    def kept_restarts(self, known: Sequence[int], step: int) -> list[int]:
+        """The same to go on from `step`: those behind it as the checkpoint knows them, and those that come again."""
+        path = self._asked_restarts
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not self.abandoned else []
+        return [one for one in known if one <= step] + [one for one in kept if one > step]
+
+    @property
+    def _asked_restarts(self) -> Path:
+        return self.path / "asked_restarts.json"
 
     @property
     def tracker_id(self) -> str | None:

@@ -58,7 +58,9 @@ def save_checkpoint(run: Run) -> None:
 def note_published(run: Run) -> None:
     """Record the checkpoints that have been published since the last call."""
     for name in run.saver.published():
-        run.watch.event("checkpoint", int(name.removeprefix("step_")), path=name)
+        step = int(name.removeprefix("step_"))
+        run.watch.event("checkpoint", step, path=name)
+        run.watch.tracker.checkpoint(run.folder.checkpoints / name, step)
 
 
 def last_checkpoint(run: Run) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Turns a signal, or a supervisor's request, into a wish that the loop grants between two steps."""
+"""Turns a signal, or a word of the supervisor or the user, into a wish that the loop grants between two steps."""
 
 import signal
 from collections.abc import Iterator
@@ -20,11 +20,18 @@ class StopRequest:
         """Whether any process of this head was asked, as they learned with the last update."""
         self.agreed = False
         """Whether any process at all was, as all of them learned with the last update, or LTE's heads at a sync."""
+        self.again = True
+        """Whether the run is to go on some time: False when its user stopped it."""
 
     def __bool__(self) -> bool:
         if self.name is None and self._file is not None and self._file.asks():
             self.name = "its supervisor"
         return self.name is not None
+
+    def ask(self, name: str, *, again: bool) -> None:
+        """Note a wish of the user's."""
+        self.name = self.name or name
+        self.again = self.again and again
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Note the first signal; a second SIGINT ends the process at once, as an impatient user expects."""

@@ -19,6 +19,8 @@ class RunState:
     """Sequences consumed: the whole state of the data."""
     restarts: int = 0
     """Finished restarts; the next one has this index plus one."""
+    asked_restarts: list[int] = field(default_factory=list)
+    """Steps after which a restart was asked for; after a return to a checkpoint, some of them lie ahead."""
     syncs: int = 0
     """Finished syncs of LTE."""
     bytes_sent: int = 0

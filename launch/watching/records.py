@@ -52,7 +52,7 @@ def _lines(path: Path) -> list[tuple[bytes, Record]]:
     lines = path.read_bytes().split(b"\n")
     found: list[tuple[bytes, Record]] = []
     for number, line in enumerate(lines, start=1):
-        record = _decode(line)
+        record = decode(line)
         if record is not None:
             found.append((line, record))
         elif line.strip() and any(rest.strip() for rest in lines[number:]):
@@ -63,7 +63,8 @@ def _lines(path: Path) -> list[tuple[bytes, Record]]:
     return found
 
 
-def _decode(line: bytes) -> Record | None:
+def decode(line: bytes) -> Record | None:
+    """The record of a line; None if it is torn."""
     try:
         record = json.loads(line)
     except ValueError:

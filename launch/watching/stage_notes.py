@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from launch.reports.history import flat
 from launch.reports.stream_groups import shown, single
 from launch.reports.stream_tables import AUDIT, audit_table, matrix_table
+from launch.watching.pictures import pixels
 from launch.watching.records import append_records, read_records
 from launch.watching.stage_records import BEFORE, StageRecord, Stream, stream_of
-from launch.watching.tracker import Pixels
+from launch.watching.trackers.config import Images
 from launch.watching.watch import Watch
 
 
@@ -22,7 +21,11 @@ def note_stage(watch: Watch, records: Sequence[StageRecord]) -> None:
     if newest.index == BEFORE:
         return
     rows = [[stage.task, *(shown(stream, score) for score in stream.row(stage))] for stage in stream.stages]
-    watch.tracker.matrix(["after", *stream.tasks], rows, lambda: _picture(stream))
+    watch.tracker.matrix(["after", *stream.tasks], rows)
+    if watch.tracker.images is not Images.none:
+        from launch.reports.stream_heat import matrix_figure
+
+        watch.tracker.figures({"matrix": pixels(matrix_figure([single(stream)]))})
     watch.say(_words(newest, stream))
 
 
@@ -67,13 +70,3 @@ def _words(newest: StageRecord, stream: Stream) -> str:
     if told["forgetting"] is not None:
         parts.append(f"forgetting {told['forgetting']:.4f}{'' if stream.score == 'accuracy' else ' nats'}")
     return f"stage {newest.task} ended at step {newest.step}: {', '.join(parts)} over the tasks so far"
-
-
-def _picture(stream: Stream) -> Pixels:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from launch.reports.stream_heat import matrix_figure
-
-    canvas = FigureCanvasAgg(matrix_figure([single(stream)]))
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())

@@ -14,7 +14,7 @@ import torch
 from launch.training.state import RunState
 from launch.watching.console import Console, Progress
 from launch.watching.records import append_records
-from launch.watching.tracker import Tracker
+from launch.watching.trackers.tracker import Level, Tracker
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +32,8 @@ class Watch:
     peak_flops: float | None = None
     """FLOP/s that the utilisation is measured against."""
     cycles: int | None = None
+    heads: Mapping[int, Tracker] = field(default_factory=dict)
+    """The trackers of further heads of LTE that this process hosts, where they have their own."""
     progress: Progress | None = None
     _seconds: float = field(default=0.0, init=False)
     _tokens: int = field(default=0, init=False)
@@ -78,11 +80,26 @@ class Watch:
             self.tracker.log(record)
             self._seconds, self._tokens, self._steps = 0.0, 0, 0
 
+    def head(self, head: int, state: RunState, *, loss: float, lr: float, grad_norm: float) -> None:
+        """Tell of one update of a further head, if it has a tracker and its turn has come."""
+        if head in self.heads and state.step % self.log_every == 0:
+            record = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            self.heads[head].log(record)
+
     def event(self, name: str, step: int, **values: Any) -> None:
         """Record something that happened once."""
         record = {"event": name, "step": step, **values}
         self._append(record)
         self.tracker.event(record)
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        """Tell somebody who is not looking."""
+        self.tracker.alert(title, text, level)
+
+    def finish(self, exit_code: int) -> None:
+        """Close the trackers."""
+        for tracker in (self.tracker, *self.heads.values()):
+            tracker.finish(exit_code)
 
     def say(self, text: str) -> None:
         """Tell the user."""

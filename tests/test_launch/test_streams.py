@@ -14,7 +14,7 @@ from launch.watching.console import SilentConsole
 from launch.watching.records import append_records
 from launch.watching.stage_notes import note_stage, restore_stages
 from launch.watching.stage_records import Score, StageRecord, read_stream, stream_of
-from launch.watching.tracker import Tracker
+from launch.watching.trackers.tracker import Tracker
 from launch.watching.watch import Watch
 
 ROWS = [[0.1, 0.1], [0.9, 0.2], [0.6, 0.8]]

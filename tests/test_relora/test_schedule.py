@@ -76,6 +76,18 @@ def test_annealing_needs_no_ramp() -> None:
     assert _curve(config, 9, (4, 0)) == [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.5, 1.0]
 
 
+def test_a_restart_that_was_asked_for_has_its_ramp_and_moves_no_other() -> None:
+    config = ScheduleConfig(kind=ScheduleKind.constant, min_ratio=1.0, restart_warmup_steps=2, anneal_steps=2)
+
+    def curve(*asked: int) -> list[float]:
+        return [multiplier(step, config, total_steps=20, restarts=(8, 0), asked=asked) for step in range(20)]
+
+    plain, more = curve(), curve(12)
+    assert plain[10:20] == [1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.0, 0.5, 1.0, 1.0]
+    assert more == [*plain[:12], 0.0, 0.5, *plain[14:]]
+    assert curve(0, 8) == plain
+
+
 def test_a_restart_that_would_fall_on_the_last_step_changes_nothing() -> None:
     assert multiplier(100, PAPER, total_steps=100, restarts=(50, 0)) != 0.0
     config = ScheduleConfig(kind=ScheduleKind.constant, min_ratio=1.0, restart_warmup_steps=5, anneal_steps=5)
