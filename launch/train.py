@@ -17,7 +17,7 @@ from continual.config import ContinualConfig
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.environment import environment
-from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
+from launch.jobs.attempt import Outcome, StopFile, folder_of, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.planning.flops import peak_flops
 from launch.planning.skeleton import step_flops
@@ -55,6 +55,8 @@ from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.lte import bounded_layers
 
+_LOCK_SECONDS = 90.0
+"""How long a supervised run waits for processes of an earlier attempt to end, which may be on other machines."""
 _BOUNDED = (
     "warning: with lte.reset=none the update of {layers} layers, {first} among them, never reaches full rank: their "
     "smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or choose lte.reset=factors"
@@ -85,7 +87,8 @@ def run_command(config: TrainConfig) -> int:
     ):
         _check_processes(config, runtime)
         path = Path(on_main(runtime, lambda: str(default_folder(config))))
-        with locked(path) if runtime.is_main else nullcontext():
+        patience = _LOCK_SECONDS if folder_of(os.environ) else 0.0
+        with locked(path, seconds=patience) if runtime.is_main else nullcontext():
             console = make_console(enabled=runtime.is_main)
             folder = _find(config, path, runtime)
             for notice in folder.notices:

@@ -6,6 +6,7 @@ nothing else.
 """
 
 import argparse
+import ctypes
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ from types import FrameType
 
 from launch.jobs.attempt import VARIABLE, Outcome, ask_to_stop, outcome_in
 from launch.jobs.attempts import DONE, FAILED, PREEMPTED, Attempts, Next, decide, in_vain, newest_step
+from launch.jobs.leftovers import end_leftovers
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.2
@@ -27,6 +29,7 @@ _KILL_SECONDS = 20.0
 _REQUEUE_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
 """How long SLURM's commands may take."""
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +139,12 @@ class Supervisor:
         """One attempt to its end."""
         environment = {**os.environ, VARIABLE: str(folder)}
         # In a session of its own, so that Ctrl-C comes here alone.
-        process = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            self._command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  (one system call, whatever other threads hold)
+        )
         noted = None
         while process.poll() is None:
             time.sleep(_LOOK_SECONDS)
@@ -149,6 +157,8 @@ class Supervisor:
             if noted is not None and time.monotonic() - noted > _LINGER_SECONDS:
                 _say("the launcher lingers, and is ended")
                 _end(process)
+        if left := end_leftovers(folder):  # a process that is stopped keeps the run folder's lock
+            _say(f"killed {len(left)} processes that the launcher has left behind")
         code = process.returncode
         outcome = outcome_in(folder)
         if outcome is None:
@@ -159,6 +169,12 @@ class Supervisor:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(signal.Signals(number).name)
+
+
+def _end_with_parent() -> None:
+    """Have this process asked to stop when the supervisor dies: nobody would start the run again, or could."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
