@@ -26,7 +26,7 @@ from benchmarks.soak_faults import HERE, LAUNCHER, Fault, Plan, of_cluster
 from benchmarks.soak_run import ROOT, Cluster, LocalRun, Run, SlurmRun, SoakFailed, differences, numbers_of
 from launch import exits
 
-_START_SECONDS = 240.0
+_START_SECONDS = 600.0
 """How long a run may need to get to its next step, or to come to an end."""
 _ENVIRONMENT = f"launcher.environment={{PYTHONPATH: {ROOT}, OMP_NUM_THREADS: '1', DS_ACCELERATOR: cpu}}"
 

@@ -40,7 +40,8 @@ def run(command: Callable[[], int]) -> int:
 
 def tell(host: str | None, failure: Failure) -> None:
     """Let the supervisor know of a failure, and of the machine where it was seen to happen."""
-    note(Outcome(code=failure.code, reason=failure.message, host=host if failure.observed else None))
+    blamed = failure.host or (host if failure.observed else None)
+    note(Outcome(code=failure.code, reason=failure.message, host=blamed, diverged=failure.step))
 
 
 def explain(error: BaseException) -> Failure:
@@ -52,7 +53,7 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, ConfigError):
         return Failure(message=line, code=REFUSED)
     if isinstance(error, TrainingDiverged):
-        return Failure(message=line, code=FAILED)
+        return Failure(message=line, code=FAILED, host=error.host, step=error.step)
     if isinstance(error, MeetingLost):
         return Failure(message=line, code=PREEMPTED)
     if is_disk_error(error):

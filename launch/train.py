@@ -17,7 +17,7 @@ from continual.config import ContinualConfig
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.environment import environment
-from launch.jobs.attempt import Outcome, StopFile, folder_of, keep_own_log, note
+from launch.jobs.attempt import Outcome, StopFile, beating, folder_of, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.planning.flops import peak_flops
 from launch.planning.skeleton import step_flops
@@ -50,6 +50,7 @@ from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads
 from parallel.launchers import own_words, rank_in
+from parallel.pulse import Pulse, gets_on
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
@@ -79,10 +80,18 @@ def run_command(config: TrainConfig) -> int:
     Raises:
         ConfigError: something that the user can mend; nothing on disk is harmed.
     """
-    limits = config.parallel
+    limits, pulse = config.parallel, Pulse()
     with (
         start(tensor=limits.tensor, heads=config.heads, timeout_seconds=limits.timeout_seconds) as runtime,
-        watched(runtime, explain=exits.explain, tell=exits.tell, silence_seconds=limits.silence_seconds),
+        watched(
+            runtime,
+            explain=exits.explain,
+            tell=exits.tell,
+            silence_seconds=limits.silence_seconds,
+            pulse=pulse,
+            step_seconds=limits.timeout_seconds,
+        ),
+        beating(os.environ, lambda: gets_on(pulse, limits.timeout_seconds)) if runtime.is_main else nullcontext(),
         listening(StopFile(os.environ) if runtime.is_main else None) as stop,
     ):
         _check_processes(config, runtime)
@@ -97,10 +106,12 @@ def run_command(config: TrainConfig) -> int:
                 console.info(f"{path} is done already: its results are in summary.json and final/")
                 console.info("status: done")
                 return _noted(exits.DONE, runtime)
-            return execute(prepare(config, folder, runtime, console, stop))
+            return execute(prepare(config, folder, runtime, console, stop, pulse))
 
 
-def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest) -> Run:
+def prepare(
+    config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest, pulse: Pulse
+) -> Run:
     """Open the data, build the model and the engine, and put a checkpoint into them if there is one.
 
     Nothing is written to the run folder before data and model have passed their checks.
@@ -142,6 +153,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
         watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
+        pulse=pulse,
         spectra=_spectra(config, folder),
         elastic=elastic,
     )

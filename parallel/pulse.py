@@ -4,6 +4,7 @@ Only while a step is expected to end is anything expected at all: a save, a vali
 as they take, and where processes wait for each other then, their collectives have time limits.
 """
 
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ class Pulse:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self.told = False
+        """Whether it was said that a step takes too long."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -67,6 +70,15 @@ def place_of_main() -> Place:
         stack="".join(f"  {line}\n" for line in reversed(shown)),
         waits=any(part in path for path, _ in lines[:4] for part in _WAITING),
     )
+
+
+def gets_on(pulse: Pulse, seconds: float) -> bool:
+    """Whether no step has taken longer; where the main thread is then is printed once."""
+    still = pulse.still(time.monotonic())
+    if still > seconds and not pulse.told:
+        os.write(2, f"warning: a step has taken {still:.0f} s. This process is here:\n{place_of_main().stack}".encode())
+    pulse.told = still > seconds
+    return not pulse.told
 
 
 def held_up_by(places: Mapping[int, str], waiting: set[int]) -> list[int]:

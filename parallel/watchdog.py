@@ -63,6 +63,10 @@ class Failure:
     """Whether another process's failure may be the cause."""
     at: str = ""
     """Where a process is that does not get on."""
+    host: str | None = None
+    """The machine to blame, if that is known and not the process's."""
+    step: int | None = None
+    """The step that it happened at, if its numbers are the reason."""
 
 
 def watched(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from launch.training.run import Run, measure_update
 from launch.training.saves import note_published, save_checkpoint
 from launch.training.stages import begin_stage, end_stage, fold
 from launch.training.state import RunState
+from launch.training.suspects import look_closer, with_suspect
 from launch.training.transition import begin_low_rank
 from launch.watching.watch import Stopwatch
 from parallel.collectives import sum_over
@@ -57,7 +59,8 @@ def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
     """Train a stage to its end, unless the run is asked to stop; returns whether it is at its end."""
     config, state = run.config, run.state
     while state.step < stage.end and not _asked_to_stop(run):
-        update(run, clock)
+        with run.pulse.step():
+            update(run, clock)
         at_end = state.step == stage.end
         warm_start_ends = state.step == config.warm_start_steps and not at_end
         restarts = restart_follows(config, stage, state.step)
@@ -73,7 +76,8 @@ def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
                 measure_update(run)  # far more work than a sync; restarts and the end have theirs
         if warm_start_ends:
             run.watch.event("warm_start_end", state.step)
-        if warm_start_ends or (_due(config.checkpoint.every, state.step) and not at_end):
+        run.checkpoint_due |= _due(config.checkpoint.every, state.step) and not at_end
+        if warm_start_ends or (run.checkpoint_due and not at_end and not _refused(run)):
             save_checkpoint(run)
         if warm_start_ends:
             begin_low_rank(run)
@@ -115,7 +119,7 @@ def update(run: Run, clock: Stopwatch) -> None:
         measures=_measures(run, terms, by_term),
     )
     for head, one, loss, result in zip(run.heads, run.states, losses, results, strict=True):
-        _record(run, head, one, loss, result)
+        _record(run, head, one, loss, result, parts)
     if run.stepped is not None:
         run.stepped()
 
@@ -148,18 +152,32 @@ def _step(run: Run, lr: float, losses: list[float]) -> list[StepResult]:
     return [run.engine.step(lr, *admits)]
 
 
-def _record(run: Run, head: int, state: RunState, loss: float, result: StepResult) -> None:
+def _record(run: Run, head: int, state: RunState, loss: float, result: StepResult, parts: torch.Tensor) -> None:
     """Remember a head's update, accepted or not."""
+    bad = look_closer(run, parts, loss, result)
     if result.refused is not None:
-        whose = {} if run.sync is None else {"head": head}
+        whose: dict[str, Any] = {} if run.sync is None else {"head": head}
+        if 0 < len(bad) < run.runtime.world_size:
+            whose["processes"] = bad
         run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm, **whose)
-        run.watch.say(f"step {state.step}: update {f'of head {head} ' if whose else ''}skipped, {result.refused}")
+        where = f" on processes {bad}" if "processes" in whose else ""
+        run.watch.say(
+            f"step {state.step}: update {f'of head {head} ' if 'head' in whose else ''}skipped, {result.refused}{where}"
+        )
     try:
         run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
     except TrainingDiverged as error:
         if run.sync is None:
-            raise
+            raise with_suspect(run, error) from error
         run.diverged[head] = str(error)  # the other heads hear of it at the next sync
+
+
+def _refused(run: Run) -> bool:
+    """Whether the last update was refused; heads refuse theirs apart.
+
+    What a broken GPU has spoiled another can do again, from a checkpoint of before.
+    """
+    return run.sync is None and run.state.skipped[-1:] == [run.state.step]
 
 
 def evaluate(run: Run) -> float:
