@@ -8,6 +8,7 @@ next one begins, until the time is over.
 import argparse
 import importlib.util
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def disturbed(run: Run, plan: Plan, tally: Tally, until: float) -> None:
             continue
         tally.faults[fault.name] += 1
         print(f"{time.strftime('%H:%M:%S')} {run.folder.name}, step {at}: {fault.told}", flush=True)
-        if not run.wait(lambda before=before: _follows(run, before), seconds=_START_SECONDS, pause=0.1):
+        if not run.wait(partial(_follows, run, before), seconds=_START_SECONDS, pause=0.1):
             raise SoakFailed(f"nothing follows when {fault.told}: {run.said()}")
     if not run.wait(run.keep_going, seconds=2 * _START_SECONDS, pause=0.3):
         raise SoakFailed(f"{run.folder} does not come to its end: {run.said()}")
@@ -221,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.parse_args(argv)
     if words.quick:
         words.seconds, words.steps, words.launcher, words.processes = 15.0, 60, "local", 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exits.FAILED))  # what was started must not be left
     with ExitStack() as stack:
         place = words.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak")))
         place.mkdir(parents=True, exist_ok=True)

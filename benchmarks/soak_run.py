@@ -24,13 +24,16 @@ _TIMED = {"tokens_per_second", "memory_bytes", "flops_per_second", "mfu", "secon
 _MEASURED = {"tokens_per_second", "peak_memory_bytes", "wall_seconds", "sync_seconds", "sync_share"}
 _STEP = re.compile(rb'^\{"step": (\d+),.*"loss"', re.MULTILINE)
 _TAIL = 4096
+_SUBMIT_SECONDS = 300.0
 _STARTERS = {"torch.distributed.run", "launch.submit", "launch.jobs.supervise"}
 
 
 class Cluster(Protocol):
     """What is needed of tests/slurm_cluster.py."""
 
-    def run(self, *command: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *command: str, cwd: Path, seconds: float = ..., **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
         """Run a command where SLURM's reach the cluster."""
 
     def ask(self, *command: str) -> str:
@@ -188,7 +191,7 @@ class SlurmRun(Run):
             return False
         self.starts += 1
         command = [sys.executable, "-m", "launch.submit", *self._words]
-        told = self._cluster.run(*command, cwd=ROOT, PYTHONPATH=str(ROOT))
+        told = self._cluster.run(*command, cwd=ROOT, seconds=_SUBMIT_SECONDS, PYTHONPATH=str(ROOT))
         found = re.search(r"^job (\d+):", told.stdout)
         if found is None:
             raise SoakFailed(f"SLURM took no job: {told.stdout} {told.stderr}")
