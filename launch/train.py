@@ -106,12 +106,12 @@ def run_command(config: TrainConfig) -> int:
                 console.info(f"{path} is done already: its results are in summary.json and final/")
                 console.info("status: done")
                 return _noted(exits.DONE, runtime)
-            return execute(prepare(config, folder, runtime, console, stop, pulse))
+            run = prepare(config, folder, runtime, console, stop)
+            run.pulse = pulse
+            return execute(run)
 
 
-def prepare(
-    config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest, pulse: Pulse
-) -> Run:
+def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest) -> Run:
     """Open the data, build the model and the engine, and put a checkpoint into them if there is one.
 
     Nothing is written to the run folder before data and model have passed their checks.
@@ -153,7 +153,6 @@ def prepare(
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
         watch=_watch(config, course, folder, console, runtime, step_flops(config, hf_config, state.step, console.info)),
         stop=stop,
-        pulse=pulse,
         spectra=_spectra(config, folder),
         elastic=elastic,
     )

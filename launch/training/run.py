@@ -59,8 +59,6 @@ class Run:
     watch: Watch
     """Silent on all processes but the main one."""
     stop: StopRequest
-    pulse: Pulse
-    """By which the watchdog sees that steps end."""
     spectra: Spectra | None
     sync: HeadSync | None = None
     """The syncs of LTE's heads; None while all processes train as one."""
@@ -72,6 +70,8 @@ class Run:
     """The model as the method sees it."""
     stepped: Callable[[], None] | None = None
     """Told of each finished update; the profiler's."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """By which the watchdog sees that steps end."""
     checkpoint_due: bool = False
     """Whether a checkpoint waits for an update that is not refused."""
     suspects: list[tuple[int, dict[int, str]]] = field(default_factory=list)

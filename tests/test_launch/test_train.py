@@ -216,7 +216,7 @@ def test_a_full_disk_ends_with_one_message_and_the_run_continues_later(tiny, und
 
 
 def test_a_spike_is_skipped_reported_and_too_many_end_the_run(tiny, monkeypatch, capsys):
-    from launch import loop
+    from launch.training import loop
 
     real, count = loop.accumulate, []
 
