@@ -143,6 +143,7 @@ def soak(place: Path, arguments: argparse.Namespace, stack: ExitStack) -> Docume
 
     expected, whole = undisturbed(begin("undisturbed"))
     print(f"undisturbed: {whole:.1f} s", flush=True)
+    faults = [one for one in faults if not arguments.only or one.name in arguments.only]
     plan, began = Plan(faults, arguments.seed), time.monotonic()
     while time.monotonic() - began < arguments.seconds:
         run = begin(f"run_{tally.runs:03d}", f"checkpoint.asynchronous={str(tally.runs % 2 == 1).lower()}")
@@ -209,12 +210,14 @@ def tables(results: Document) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    every = [*HERE, LAUNCHER]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150, help="of each run")
     parser.add_argument("--launcher", choices=("local", "torchrun", "mpi"), default="torchrun")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", nargs="+", metavar="FAULT", help=f"of {', '.join(one.name for one in every)}")
     parser.add_argument("--slurm", action="store_true", help="two of three nodes of a SLURM cluster that is made here")
     parser.add_argument("--quick", action="store_true", help="a short run and few faults, under a minute")
     parser.add_argument("--folder", type=Path, help="keep runs and logs there")
