@@ -10,6 +10,7 @@ from collections.abc import Callable
 from launch.jobs.attempt import Outcome, note
 from parallel.files import is_disk_error
 from parallel.launchers import rank_in
+from parallel.runtime import NotMet
 from parallel.watchdog import Failure
 from relora.errors import ConfigError
 
@@ -52,6 +53,8 @@ def explain(error: BaseException) -> Failure:
     line = " ".join(str(error).split())  # other libraries' words may come in several lines
     if isinstance(error, ConfigError):
         return Failure(message=line, code=REFUSED)
+    if isinstance(error, NotMet):
+        return Failure(message=line, code=FAILED)
     if isinstance(error, TrainingDiverged):
         return Failure(message=line, code=FAILED, host=error.host, step=error.step)
     if isinstance(error, MeetingLost):

@@ -90,7 +90,7 @@ def watched(
     Collectives: a broadcast and a gather at the start.
 
     Raises:
-        ConfigError: the processes cannot reach each other.
+        NotMet: the processes cannot reach each other.
     """
     if runtime.world_size == 1:
         return nullcontext()
