@@ -10,6 +10,7 @@ from collections.abc import Callable
 from launch.jobs.attempt import NodeTrouble, Outcome, note
 from parallel.files import is_disk_error
 from parallel.launchers import rank_in
+from parallel.runtime import NotMet
 from parallel.watchdog import Failure
 from relora.errors import ConfigError
 
@@ -41,7 +42,7 @@ def run(command: Callable[[], int]) -> int:
 def tell(host: str | None, failure: Failure) -> None:
     """Let the supervisor know of a failure, and of the machine where it was seen to happen."""
     blamed = failure.host or (host if failure.observed else None)
-    note(Outcome(code=failure.code, reason=failure.message, host=blamed))
+    note(Outcome(code=failure.code, reason=failure.message, host=blamed, diverged=failure.step))
 
 
 def explain(error: BaseException) -> Failure:
@@ -52,10 +53,9 @@ def explain(error: BaseException) -> Failure:
     line = " ".join(str(error).split())  # other libraries' words may come in several lines
     if isinstance(error, ConfigError):
         return Failure(message=line, code=REFUSED)
-    if isinstance(error, NodeTrouble):
-        return Failure(message=line, code=FAILED, host=error.host)
-    if isinstance(error, TrainingDiverged):
-        return Failure(message=line, code=FAILED)
+    if isinstance(error, (NodeTrouble, NotMet, TrainingDiverged)):
+        host, step = getattr(error, "host", None), getattr(error, "step", None)
+        return Failure(message=line, code=FAILED, host=host, step=step)
     if isinstance(error, MeetingLost):
         return Failure(message=line, code=PREEMPTED)
     if is_disk_error(error):

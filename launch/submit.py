@@ -69,7 +69,11 @@ def _run_here(job: Job) -> int:
     os.environ.update(job.variables())
     worst = exits.DONE
     for (_, run_dir), command in zip(job.runs, job.commands(), strict=True):
-        code = Supervisor(run_dir, command, limit=job.launcher.attempts, job=None, restarts=job.restarts).work()
+        own = job.launcher
+        supervisor = Supervisor(
+            run_dir, command, limit=own.attempts, job=None, restarts=job.restarts, hang=own.hang_seconds
+        )
+        code = supervisor.work()
         if code == exits.PREEMPTED:
             return code
         worst = worst or code

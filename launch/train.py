@@ -17,7 +17,7 @@ from continual.config import ContinualConfig
 from launch import exits
 from launch.config import TrainConfig, check_mesh, load, resolved
 from launch.environment import environment
-from launch.jobs.attempt import Outcome, StopFile, keep_own_log, note
+from launch.jobs.attempt import Outcome, StopFile, beating, folder_of, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.prepare import following, show_data
 from launch.stream_rules import check_opened
@@ -52,11 +52,14 @@ from parallel.checkpoint import Checkpoint, open_checkpoint
 from parallel.collectives import gather_objects, on_main, same_on_all
 from parallel.elastic import ElasticHeads
 from parallel.launchers import own_words, rank_in
+from parallel.pulse import Pulse, gets_on
 from parallel.runtime import Runtime, as_one, start
 from parallel.saving import Saver
 from parallel.watchdog import watched
 from relora.lte import bounded_layers
 
+_LOCK_SECONDS = 90.0
+"""How long a supervised run waits for processes of an earlier attempt to end, which may be on other machines."""
 _BOUNDED = (
     "warning: with lte.reset=none the update of {layers} layers, {first} among them, never reaches full rank: their "
     "smaller dimension is above lte.heads x adapter rank. Raise lora.rank or lte.heads, or choose lte.reset=factors"
@@ -79,15 +82,24 @@ def run_command(config: TrainConfig) -> int:
     Raises:
         ConfigError: something that the user can mend; nothing on disk is harmed.
     """
-    limits = config.parallel
+    limits, pulse = config.parallel, Pulse()
     with (
         start(tensor=limits.tensor, heads=config.heads, timeout_seconds=limits.timeout_seconds) as runtime,
-        watched(runtime, explain=exits.explain, tell=exits.tell, silence_seconds=limits.silence_seconds),
+        watched(
+            runtime,
+            explain=exits.explain,
+            tell=exits.tell,
+            silence_seconds=limits.silence_seconds,
+            pulse=pulse,
+            step_seconds=limits.timeout_seconds,
+        ),
+        beating(os.environ, lambda: gets_on(pulse, limits.timeout_seconds)) if runtime.is_main else nullcontext(),
         listening(StopFile(os.environ) if runtime.is_main else None) as stop,
     ):
         _check_processes(config, runtime)
         path = Path(on_main(runtime, lambda: str(default_folder(config))))
-        with locked(path) if runtime.is_main else nullcontext():
+        patience = _LOCK_SECONDS if folder_of(os.environ) else 0.0
+        with locked(path, seconds=patience) if runtime.is_main else nullcontext():
             console = make_console(enabled=runtime.is_main)
             preflight(config, path, runtime, console.info)
             folder = _find(config, path, runtime)
@@ -97,7 +109,9 @@ def run_command(config: TrainConfig) -> int:
                 console.info(f"{path} is done already: its results are in summary.json and final/")
                 console.info("status: done")
                 return _noted(exits.DONE, runtime)
-            return execute(prepare(config, folder, runtime, console, stop))
+            run = prepare(config, folder, runtime, console, stop)
+            run.pulse = pulse
+            return execute(run)
 
 
 def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: Console, stop: StopRequest) -> Run:

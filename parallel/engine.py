@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from parallel.collectives import sum_over
 from parallel.places import trainable_places
@@ -108,6 +109,8 @@ class Engine:
         self._admit: Callable[[float], str | None] | None = None
         self._result: StepResult | None = None
         self._taken: dict[nn.Parameter, Tensor] | None = None
+        self._looks: list[RemovableHandle] = []
+        self._finite = torch.ones((), dtype=torch.bool, device=runtime.device)
         settings = deepspeed_config(
             parallel,
             bf16=bf16,
@@ -165,6 +168,26 @@ class Engine:
             self._result = StepResult(grad_norm=norm, refused=admit(norm) or "gradients are not finite")
         self._admit = None
         return self._result
+
+    def look_at_gradients(self, *, wanted: bool) -> None:
+        """Look at this process's own gradients as they are made, from the next step on, or no more.
+
+        Collectives: none.
+        """
+        if not wanted and not self._looks:
+            return
+        self._finite.fill_(True)
+        for look in self._looks:
+            look.remove()
+        self._looks = [parameter.register_hook(self._look) for parameter in self._places] if wanted else []
+
+    @property
+    def own_gradients_finite(self) -> bool:
+        """Whether all were, as far as they were looked at."""
+        return bool(self._finite)
+
+    def _look(self, gradient: Tensor) -> None:
+        self._finite &= torch.isfinite(gradient).all()
 
     def add_gradients(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Add to the gradients of the step in progress, on all processes alike.

@@ -13,8 +13,7 @@ import time
 from typing import Any
 
 from parallel.collectives import broadcast_object
-from parallel.runtime import Runtime
-from relora.errors import ConfigError
+from parallel.runtime import NotMet, Runtime
 
 _SEND_SECONDS = 2.0
 """How long a message may take to leave; a process that is stopped reads nothing."""
@@ -55,7 +54,7 @@ def open_lines(runtime: Runtime, *, seconds: float) -> dict[int, Line]:
     Collectives: one broadcast.
 
     Raises:
-        ConfigError: a process cannot reach the main one.
+        NotMet: a process cannot reach the main one.
     """
     if runtime.is_main:
         address = _own_address()
@@ -69,7 +68,7 @@ def open_lines(runtime: Runtime, *, seconds: float) -> dict[int, Line]:
     try:
         line = Line(socket.create_connection((address, port), timeout=seconds))
     except OSError as error:
-        raise ConfigError(
+        raise NotMet(
             f"process {runtime.process_rank} on {socket.gethostname()} cannot reach the main process at "
             f"{address}:{port} ({error}): let the machines of a run talk to each other on all ports"
         ) from error
@@ -85,7 +84,7 @@ def _accept(server: socket.socket, token: str, count: int, seconds: float) -> di
         try:
             line = Line(server.accept()[0])
         except TimeoutError as error:
-            raise ConfigError(
+            raise NotMet(
                 f"only {len(lines)} of {count} processes reached the main process within {seconds:g} s: let the "
                 "machines of a run talk to each other on all ports"
             ) from error

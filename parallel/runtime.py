@@ -25,6 +25,10 @@ DEFAULT_TIMEOUT = 600.0
 """Seconds that a collective may take before the run ends."""
 
 
+class NotMet(RuntimeError):
+    """Processes did not come together, which may be another process's fault or a machine's, and pass."""
+
+
 @dataclass(frozen=True, slots=True)
 class Axis:
     """This process's group along one axis of the mesh, or along several."""
@@ -78,6 +82,7 @@ def start(*, tensor: int = 1, heads: int = 1, timeout_seconds: float = DEFAULT_T
 
     Raises:
         ConfigError: the degrees do not divide the number of processes, or the launcher's words contradict each other.
+        NotMet: another process did not come in time.
     """
     if dist.is_initialized():
         mesh = mesh_of(dist.get_world_size(), tensor=tensor, heads=heads)
@@ -127,7 +132,7 @@ def _open(found: Announcement, backend: str, timeout_seconds: float) -> None:
             backend, init_method="env://", rank=found.process_rank, world_size=found.world_size, timeout=limit
         )
     except dist.DistError as error:
-        raise ConfigError(
+        raise NotMet(
             f"process {found.process_rank} of {found.world_size} did not meet the others at "
             f"{found.address}:{found.port} within {timeout_seconds:g} s: see whether another process failed before, "
             "whether all machines reach that address, and whether the port is free (MASTER_ADDR and MASTER_PORT "

@@ -1,11 +1,13 @@
 """One failing process ends the run on all of them, soon, with one report.
 
 Every process has a thread that holds a line to the main process, since the main thread may be stuck in a collective for
-ever. A process that fails says why; one that is killed breaks its line; one that hangs falls silent; one whose launcher
-is gone says so. The main process waits a moment for the cause among the consequences, reports it, and all processes
-end by `os._exit`: half-written checkpoints are harmless, and destructors of process groups may wait for the dead.
+ever. A process that fails says why; one that is killed breaks its line; one that is stopped falls silent; one whose
+launcher is gone says so; when processes wait in vain, each says where it is. The main process waits a moment for the
+cause among the consequences, reports it, and all end by `os._exit`: half-written checkpoints are harmless, and
+destructors of process groups may wait for the dead.
 """
 
+import math
 import os
 import re
 import selectors
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from parallel.collectives import gather_objects
 from parallel.launchers import has_agent
 from parallel.lines import Line, open_lines
+from parallel.pulse import Pulse, held_up_by, place_of_main
 from parallel.runtime import Runtime
 
 DEFAULT_SILENCE = 30.0
@@ -56,10 +59,14 @@ class Failure:
     """Shown before the message; empty for what the user can mend."""
     observed: bool = False
     """Whether the watchdog saw it, and the message names the process already."""
-    host: str | None = None
-    """The machine whose own trouble it is, where that is known."""
     consequence: bool = False
     """Whether another process's failure may be the cause."""
+    at: str = ""
+    """Where a process is that does not get on."""
+    host: str | None = None
+    """The machine to blame, if that is known and not the process's."""
+    step: int | None = None
+    """The step that it happened at, if its numbers are the reason."""
 
 
 def watched(
@@ -68,21 +75,28 @@ def watched(
     explain: Callable[[BaseException], Failure],
     tell: Callable[[str, Failure], None] = lambda host, failure: None,
     silence_seconds: float = DEFAULT_SILENCE,
+    pulse: Pulse | None = None,
+    step_seconds: float = math.inf,
 ) -> AbstractContextManager[object]:
     """Watch over a run: an exception inside ends all processes, as the failure of any other process does.
 
-    `explain` puts an exception into words; `tell` hears of the report, with the host that it is about. A single
-    process is not watched: its exceptions pass.
+    A single process is not watched: its exceptions pass.
+
+    Args:
+        explain: puts an exception into words.
+        tell: hears of the report, with the host that it is about.
+        pulse: of the main thread, whose steps may take `step_seconds`.
+
     Collectives: a broadcast and a gather at the start.
 
     Raises:
-        ConfigError: the processes cannot reach each other.
+        NotMet: the processes cannot reach each other.
     """
     if runtime.world_size == 1:
         return nullcontext()
     hosts = gather_objects(runtime, socket.gethostname())
     lines = open_lines(runtime, seconds=silence_seconds)
-    return Watchdog(runtime.process_rank, hosts, lines, explain, tell, silence_seconds)
+    return Watchdog(runtime.process_rank, hosts, lines, explain, tell, silence_seconds, pulse or Pulse(), step_seconds)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -110,14 +124,17 @@ class Watchdog:
         explain: Callable[[BaseException], Failure],
         tell: Callable[[str, Failure], None],
         silence: float,
+        pulse: Pulse,
+        step_seconds: float,
     ) -> None:
         self._rank, self._hosts, self._lines, self._explain, self._silence = rank, hosts, lines, explain, silence
-        self._tell = tell
+        self._tell, self._pulse, self._step_seconds = tell, pulse, step_seconds
         self._beat = min(1.0, silence / 4)
         self._parent = os.getppid() if has_agent(os.environ) else None
         self._failures: dict[int, Failure] = {}
         self._first = 0.0  # when the first of them came
         self._own: Failure | None = None  # set by the main thread
+        self._wondered = False  # whether the others were asked where they are
         self._closing = False
         self._finished: set[int] = set()
         self._main_finished = threading.Event()
@@ -179,6 +196,7 @@ class Watchdog:
             now = time.monotonic()
             if now - before > 2 * self._beat + 1:  # this process itself was stopped: the others may be well
                 self._heard = dict.fromkeys(self._heard, now)
+                self._pulse.after(now)
             for key, _ in ready:
                 self._hear(key.data, now)
             if now - sent >= self._beat:
@@ -198,6 +216,8 @@ class Watchdog:
         for message in messages or ():
             if "end" in message:
                 self._leave(message["end"])
+            if "where" in message:
+                self._note(self._rank, self._still())
             if "failure" in message:
                 self._note(peer, Failure(**message["failure"]))
             if "finished" in message:
@@ -217,33 +237,62 @@ class Watchdog:
                 self._note(peer, self._seen(peer, reason))
         if self._own is not None:
             self._note(self._rank, self._own)
+        if self._pulse.still(now) > self._step_seconds:
+            self._note(self._rank, self._still())
         if self._parent is not None and os.getppid() != self._parent:
             self._note(self._rank, self._seen(self._rank, "has lost its launcher, which was killed or crashed"))
 
     def _note(self, process: int, failure: Failure) -> None:
         if not self._failures:
             self._first = time.monotonic()
-        if process in self._failures:
+        if process in self._failures and (failure.at or not self._failures[process].at):
             return
-        self._failures[process] = failure
+        self._failures[process] = failure  # its own words, after it had only been asked where it is
         if process == self._rank and self._rank != 0:
             for line in self._lines.values():
                 line.send(failure=asdict(failure))
+        if self._rank == 0 and (failure.consequence or failure.at) and not self._wondered:
+            self._wondered = True
+            for line in self._lines.values():
+                line.send(where=True)
+            self._note(0, self._still())
 
     def _judge(self, now: float) -> None:
         """End the run once its cause can be told."""
-        causes = [process for process, failure in self._failures.items() if not failure.consequence]
+        causes = [rank for rank, failure in self._failures.items() if not failure.consequence and not failure.at]
         cause = next(iter(causes or self._failures))
         waited = now - self._first
         if self._rank == 0:
             failure = self._failures[cause]
-            if failure.observed or waited > (_PATIENCE if failure.consequence else _SETTLE):
-                self._end(cause, failure)
+            if failure.observed or waited > (_SETTLE if causes else _PATIENCE):
+                self._end(*(cause, failure) if causes else self._held_up(cause))
         elif 0 in self._failures:  # the main process is gone: whoever is first on its machine speaks for all there
             neighbours = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self._rank] and rank]
             self._end(cause, self._failures[cause], speak=self._rank in (cause, neighbours[0]))
         elif 0 not in self._lines or waited > _VERDICT:
             self._end(cause, self._failures[cause])
+
+    def _still(self) -> Failure:
+        """Where this process is, whose main thread does not get on."""
+        place = place_of_main()
+        message = f"no step has ended for {self._step_seconds:g} s. {_AGAIN}"
+        told = f"{self._name(self._rank)} is here, the innermost call last:\n{place.stack}"
+        return Failure(message=message, consequence=place.waits, at=place.at, traceback=told)
+
+    def _held_up(self, first: int) -> tuple[int, Failure]:
+        """What to say when processes wait in vain and none has failed: who does not come, or where all are."""
+        places = {rank: failure.at for rank, failure in self._failures.items() if failure.at}
+        waiting = {rank for rank, failure in self._failures.items() if failure.consequence}
+        late = held_up_by(places, waiting)
+        if not late:
+            there = "; ".join(f"process {rank} is at {places[rank]}" for rank in sorted(places)[:4])
+            failure = self._failures[first]
+            return first, replace(failure, message=f"{failure.message}. {there}" if there else failure.message)
+        others = f", as do {len(late) - 1} others" if len(late) > 1 else ""
+        reason = f"holds up the rest{others}: it is at {places[late[0]]}, and the rest wait for it. {_AGAIN}"
+        alone = len({self._hosts[rank] for rank in late}) == 1
+        failure = self._seen(late[0], reason) if alone else Failure(message=reason)
+        return late[0], replace(failure, traceback=self._failures[late[0]].traceback)
 
     def _end(self, process: int, failure: Failure, *, speak: bool = True) -> NoReturn:
         if speak:

@@ -4,6 +4,7 @@ torch is imported once, and every scenario's processes are forked from here.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ import torch
 from launch import exits
 from parallel.collectives import gather_objects, sum_over
 from parallel.lines import Line
+from parallel.pulse import Pulse
 from parallel.runtime import start
 from parallel.watchdog import watched
 from relora.errors import ConfigError
@@ -38,6 +40,9 @@ def misbehave(what: str, number: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     if what == "late":
         time.sleep(LIMIT)
+    if what in ("busy", "busy in a step"):
+        while True:
+            sum(range(1000))
     if what == "orphan":
         os.kill(number, signal.SIGKILL)
 
@@ -56,16 +61,22 @@ def say_goodbye_slowly() -> None:
 
 def run(what: str, who: int, parent: int) -> int:
     """A run of a few sums."""
-    with start(timeout_seconds=TIMEOUT) as runtime, watched(runtime, explain=exits.explain, silence_seconds=SILENCE):
+    pulse, limit = Pulse(), TIMEOUT if what == "busy in a step" else math.inf
+    limits = {"silence_seconds": SILENCE, "pulse": pulse, "step_seconds": limit}
+    # Where no collective has a limit, as with a GPU that is waited for, the steps have one.
+    timeout = TIMEOUT if math.isinf(limit) else 10 * LIMIT
+    with start(timeout_seconds=timeout) as runtime, watched(runtime, explain=exits.explain, **limits):
         gather_objects(runtime, 0)
         if what == "terminated":  # as torchrun does to the others when the first process has ended
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if what in ("alike", "terminated"):
             raise ConfigError("parallel.zero_stage=9 must be 0 to 3")
         if runtime.process_rank == who:
-            misbehave(what, parent)
+            with pulse.step():
+                misbehave(what, parent)
         for _ in range(1000 if what == "orphan" else 3):
-            sum_over(runtime.model, torch.ones(1000))
+            with pulse.step():
+                sum_over(runtime.model, torch.ones(1000))
             time.sleep(0.01)
         if what == "main leaves first":
             if runtime.is_main:

@@ -2,23 +2,27 @@
 
 The folder is named by an environment variable; without it nothing here has an effect. The run writes why it ended,
 since launchers end with codes of their own; the supervisor asks it to stop by a file, since launchers pass on signals
-each in their own way, if at all. Processes but the first keep their output there.
+each in their own way, if at all. The first process touches a file as long as it gets on. The others keep their output
+there.
 """
 
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from socket import gethostname
 
 VARIABLE = "ACCRETE_ATTEMPT"
 """Names the folder of this attempt."""
-_OUTCOME, _STOP = "outcome.json", "stop"
+_OUTCOME, _STOP, _HEARTBEAT = "outcome.json", "stop", "heartbeat"
 _LOOK_SECONDS = 1.0
 """Between two looks for the file that asks to stop: on a shared file system each is a request to a server."""
+_BEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +33,11 @@ class Outcome:
     """Of launch/exits.py."""
     reason: str = ""
     host: str | None = None
-    """The machine of the process that was lost, if one was."""
+    """The machine of the process that was lost, or that alone had numbers that were not finite."""
     again: bool = True
     """Whether a stopped run wants to go on."""
+    diverged: int | None = None
+    """The step at which too many updates had been refused."""
 
 
 class NodeTrouble(RuntimeError):
@@ -87,6 +93,45 @@ class StopFile:
             return False
         self._next = time.monotonic() + _LOOK_SECONDS
         return self._path.exists()
+
+
+@contextmanager
+def beating(environment: Mapping[str, str], gets_on: Callable[[], bool]) -> Iterator[None]:
+    """Have a thread touch a file every few seconds as long as this process gets on; for the first process."""
+    folder, ended = folder_of(environment), threading.Event()
+
+    def beat() -> None:
+        while not ended.is_set():
+            if folder is not None and gets_on():
+                with suppress(OSError):
+                    (folder / _HEARTBEAT).touch()
+            ended.wait(_BEAT_SECONDS)
+
+    if folder is not None:
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+class Heartbeat:
+    """The supervisor's view of that file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._seen = folder / _HEARTBEAT, 0
+        self._heard = self._next = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since its last change by the clock of this machine; 0 before the first one."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _LOOK_SECONDS
+            with suppress(OSError):
+                seen = self._path.stat().st_mtime_ns
+                if seen != self._seen:
+                    self._seen, self._heard = seen, now
+        return now - self._heard if self._seen else 0.0
 
 
 def keep_own_log(environment: Mapping[str, str], rank: int) -> None:

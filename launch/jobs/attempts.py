@@ -34,6 +34,8 @@ class Attempt:
     reason: str = ""
     host: str | None = None
     """The machine that is blamed."""
+    diverged: int | None = None
+    """The step at which too many updates had been refused."""
 
 
 class Next(str, Enum):
@@ -95,7 +97,7 @@ class Attempts:
         """Keep how it ended."""
         reached = newest_step(self.run_dir)
         end = replace(attempt, ended=time.time(), reached=reached, code=outcome.code, reason=outcome.reason)
-        end = replace(end, host=outcome.host)
+        end = replace(end, host=outcome.host, diverged=outcome.diverged)
         self._write(end)
         return end
 
@@ -140,16 +142,28 @@ def decide(
     if vain >= limit:
         reason = f"{vain} attempts in a row brought the run no further than step {last.reached}; the last: {told}"
         return Decision(next=Next.end, code=FAILED, reason=reason)
-    lost = set() if alive is None else _lost(history, outcome.host, alive)
+    if (before := _same_divergence(history)) is not None:
+        elsewhere = f", though {before.host} was left out" if alive is not None and before.host is not None else ""
+        reason = f"diverged again near step {last.diverged}{elsewhere}, so that no machine is the reason; {told}"
+        return Decision(next=Next.end, code=FAILED, reason=reason)
+    lost = set() if alive is None else _lost(history, outcome, alive)
     if asked or outcome.code == PREEMPTED or lost:
         return Decision(next=Next.elsewhere, code=PREEMPTED, reason=told, exclude=tuple(sorted(lost)))
     return Decision(next=Next.again, code=FAILED, reason=told)
 
 
-def _lost(history: Sequence[Attempt], host: str | None, alive: Callable[[str], bool]) -> set[str]:
-    """Machines that were blamed twice, and the one blamed now if it takes no work."""
+def _same_divergence(history: Sequence[Attempt]) -> Attempt | None:
+    """The earlier attempt that diverged where the last one has, before any checkpoint beyond."""
+    *before, last = history
+    if last.diverged is None:
+        return None
+    return next((one for one in reversed(before) if one.diverged is not None and last.reached <= one.diverged), None)
+
+
+def _lost(history: Sequence[Attempt], outcome: Outcome, alive: Callable[[str], bool]) -> set[str]:
+    """Machines that were blamed twice, and the one blamed now if it takes no work, or computes wrongly."""
     blamed = [one.host for one in history if one.host is not None]
     lost = {name for name in blamed if blamed.count(name) > 1}
-    if host is not None and not alive(host):
-        lost.add(host)
+    if outcome.host is not None and (outcome.diverged is not None or not alive(outcome.host)):
+        lost.add(outcome.host)
     return lost

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import composed
+from launch.jobs.supervise import HANG_SECONDS, LEAST_HANG_SECONDS
 from relora.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -35,6 +36,8 @@ class LocalConfig:
 
     attempts: int = 3
     """Attempts in a row that bring the run no further, after which it is given up."""
+    hang_seconds: float = HANG_SECONDS
+    """Longest that the first process may be silent, or a step go on after parallel.timeout_seconds; 0: no limit."""
     environment: dict[str, str] | None = None
     """Variables of the training processes, as {NAME: value}."""
     preflight: bool = True
@@ -45,6 +48,11 @@ class LocalConfig:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ConfigError(f"launcher.attempts must be at least 1, got {self.attempts}")
+        if 0 != self.hang_seconds < LEAST_HANG_SECONDS:
+            raise ConfigError(
+                f"launcher.hang_seconds must be at least {LEAST_HANG_SECONDS:g}, or 0 for never, got "
+                f"{self.hang_seconds:g}: a sign of life comes every few seconds"
+            )
         for name in self.environment or {}:
             if not _NAME.fullmatch(name):
                 raise ConfigError(f"launcher.environment: {name!r} cannot name a variable: use letters, digits and _")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.jobs.launcher import SlurmConfig, Start
 from launch.jobs.network import NO_PREFLIGHT, network_settings
+from launch.jobs.supervise import HANG_SECONDS
 
 _PORTS = "15000 + SLURM_JOB_ID % 15000"
 """Below Linux's ephemeral ports (32768), which other programs are given at random."""
@@ -44,10 +45,14 @@ def job_script(
         *(_of_array(runs) if array else _run(*runs[0])),
         *_meeting(config),
         f'exec {shlex.quote(interpreter)} -m launch.jobs.supervise --run-dir "$run" \\',
-        f"  --attempts {config.attempts}{' --requeue' if config.requeue else ''} -- \\",
+        f"  --attempts {config.attempts}{_hang(config)}{' --requeue' if config.requeue else ''} -- \\",
         *_command(config, shlex.quote(python)),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _hang(config: SlurmConfig) -> str:
+    return "" if config.hang_seconds == HANG_SECONDS else f" --hang-seconds {config.hang_seconds:g}"
 
 
 def _run(words: Sequence[str], run_dir: Path) -> list[str]:

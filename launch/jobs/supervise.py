@@ -6,6 +6,8 @@ nothing else.
 """
 
 import argparse
+import ctypes
+import math
 import os
 import secrets
 import signal
@@ -16,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch.jobs.attempt import VARIABLE, Outcome, ask_to_stop, outcome_in
+from launch.jobs.attempt import VARIABLE, Heartbeat, Outcome, ask_to_stop, outcome_in
 from launch.jobs.attempts import DONE, FAILED, PREEMPTED, Attempts, Next, decide, in_vain, newest_step
+from launch.jobs.leftovers import end_leftovers
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _LOOK_SECONDS = 0.2
@@ -27,6 +30,8 @@ _KILL_SECONDS = 20.0
 _REQUEUE_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
 """How long SLURM's commands may take."""
+HANG_SECONDS, LEAST_HANG_SECONDS = 300.0, 15.0
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.jobs.supervise", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempts", type=int, default=3, help="attempts in a row without progress")
+    parser.add_argument("--hang-seconds", type=float, default=HANG_SECONDS, help="without a sign of life, 0: for ever")
     parser.add_argument("--requeue", action="store_true", help="put the SLURM job back into the queue to go on")
     parser.add_argument("command", nargs="+")
     words = parser.parse_args(argv)
     job = SlurmJob(job_number(os.environ)) if words.requeue else None
-    return Supervisor(words.run_dir, words.command, limit=words.attempts, job=job).work()
+    supervisor = Supervisor(words.run_dir, words.command, limit=words.attempts, job=job, hang=words.hang_seconds)
+    return supervisor.work()
 
 
 def job_number(environment: Mapping[str, str]) -> str:
@@ -83,9 +90,17 @@ class Supervisor:
     """Attempts at one run, one after the other."""
 
     def __init__(
-        self, run_dir: Path, command: Sequence[str], *, limit: int, job: SlurmJob | None, restarts: bool = False
+        self,
+        run_dir: Path,
+        command: Sequence[str],
+        *,
+        limit: int,
+        job: SlurmJob | None,
+        restarts: bool = False,
+        hang: float = HANG_SECONDS,
     ) -> None:
         self._restarts = restarts  # whether the launcher itself starts processes anew after a failure
+        self._hang = hang or math.inf
         self._attempts, self._command, self._limit, self._job = Attempts(run_dir), list(command), limit, job
         self._name = os.environ.get("SLURM_JOB_ID") or f"local-{secrets.token_hex(4)}"
         self._asked: list[str] = []
@@ -136,10 +151,19 @@ class Supervisor:
         """One attempt to its end."""
         environment = {**os.environ, VARIABLE: str(folder)}
         # In a session of its own, so that Ctrl-C comes here alone.
-        process = subprocess.Popen(self._command, env=environment, start_new_session=True)
-        noted = None
+        process = subprocess.Popen(
+            self._command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  (one system call, whatever other threads hold)
+        )
+        noted, heartbeat, hangs = None, Heartbeat(folder), False
         while process.poll() is None:
             time.sleep(_LOOK_SECONDS)
+            if heartbeat.silence() > self._hang and outcome_in(folder) is None:
+                hangs = True
+                _say(f"the first process has given no sign of life for {self._hang:g} s; all are ended")
+                _end(process)
             if self._asked:
                 ask_to_stop(folder)
             if self._asked.count("SIGINT") > 1:
@@ -149,9 +173,13 @@ class Supervisor:
             if noted is not None and time.monotonic() - noted > _LINGER_SECONDS:
                 _say("the launcher lingers, and is ended")
                 _end(process)
+        if left := end_leftovers(folder):  # a process that is stopped keeps the run folder's lock
+            _say(f"killed {len(left)} processes that the launcher has left behind")
         code = process.returncode
         outcome = outcome_in(folder)
-        if outcome is None:
+        if hangs:
+            outcome = Outcome(code=FAILED, reason=f"the first process gave no sign of life for {self._hang:g} s")
+        elif outcome is None:
             outcome = Outcome(code=DONE if code == 0 else FAILED, reason=f"the launcher ended with code {code}")
         if self._asked and outcome.code == PREEMPTED:
             outcome = Outcome(code=PREEMPTED, reason=f"stopped by {self._asked[0]}")
@@ -159,6 +187,12 @@ class Supervisor:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked.append(signal.Signals(number).name)
+
+
+def _end_with_parent() -> None:
+    """Have this process asked to stop when the supervisor dies: nobody would start the run again, or could."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

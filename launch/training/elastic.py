@@ -128,7 +128,7 @@ def meet_others(run: Run) -> None:
     while state.step == heads.step_of(heads.lease.sync):
         if run.diverged:
             heads.goodbye("left, since it has refused too many updates")
-            raise TrainingDiverged(run.diverged[heads.number])
+            raise TrainingDiverged(run.diverged[heads.number], step=run.state.step)
         try:
             took_part = _sync(run)
             if took_part and heads.leaving:

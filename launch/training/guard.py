@@ -14,6 +14,11 @@ from launch.training.state import RunState
 class TrainingDiverged(RuntimeError):
     """Too many updates were refused in a short time."""
 
+    def __init__(self, message: str, *, step: int, host: str | None = None) -> None:
+        """Keep the step, and the only machine whose numbers were not finite, if there is one."""
+        super().__init__(message)
+        self.step, self.host = step, host
+
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Guard:
@@ -52,7 +57,8 @@ class Guard:
             raise TrainingDiverged(
                 f"{recent} of the last {self.window} updates were refused, the last at step {state.step} "
                 f"because its {refused}. Lower optimizer.lr or training.max_grad_norm, look at the data near "
-                "that step, or raise training.max_skips; the last checkpoint is from before"
+                "that step, or raise training.max_skips; the last checkpoint is from before",
+                step=state.step,
             )
 
     def storm(self, state: RunState) -> str | None:

@@ -115,5 +115,6 @@ def _note(run: Run, report: SyncReport, said: list[list[float]]) -> None:
     if any(diverged):
         head = report.members[diverged.index(1.0)]
         raise TrainingDiverged(
-            run.diverged.get(head) or f"head {head} has refused too many updates; the processes of that head say more"
+            run.diverged.get(head) or f"head {head} has refused too many updates; the processes of that head say more",
+            step=state.step,
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from launch.training.run import Run, measure_update
 from launch.training.saves import note_published, save_checkpoint
 from launch.training.stages import begin_stage, end_stage, fold
 from launch.training.state import RunState
+from launch.training.suspects import look_closer, with_suspect
 from launch.training.transition import begin_low_rank
 from launch.watching.trackers.tracker import Level
 from launch.watching.watch import Stopwatch
@@ -60,7 +62,8 @@ def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
     """Train a stage to its end, unless the run is asked to stop; returns whether it is at its end."""
     config, state = run.config, run.state
     while state.step < stage.end and not _asked_to_stop(run):
-        update(run, clock)
+        with run.pulse.step():
+            update(run, clock)
         at_end = state.step == stage.end
         warm_start_ends = state.step == config.warm_start_steps and not at_end
         restarts = restart_asked(run) or restart_follows(config, stage, state.step)
@@ -79,9 +82,10 @@ def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
         if warm_start_ends:
             run.watch.event("warm_start_end", state.step)
         due = _due(config.checkpoint.every, state.step) or Wish.checkpoint in wishes
-        if warm_start_ends or (due and not at_end):
+        run.checkpoint_due |= due and not at_end
+        if warm_start_ends or (run.checkpoint_due and not at_end and not _refused(run)):
             save_checkpoint(run)
-        if Wish.checkpoint in wishes:
+        if Wish.checkpoint in wishes and (at_end or not run.checkpoint_due):
             run.saver.wait()  # whoever asked wants it on disk
             grant(run, Wish.checkpoint)
         if warm_start_ends:
@@ -128,7 +132,7 @@ def update(run: Run, clock: Stopwatch) -> None:
     for place, (head, one, loss, result) in enumerate(zip(run.heads, run.states, losses, results, strict=True)):
         if place:
             run.watch.head(head, one, loss=loss, lr=lr, grad_norm=result.grad_norm)
-        _record(run, head, one, loss, result)
+        _record(run, head, one, loss, result, parts)
     if run.stepped is not None:
         run.stepped()
 
@@ -161,17 +165,23 @@ def _step(run: Run, lr: float, agreed: Callable[[], list[list[float]]]) -> list[
     return [run.engine.step(lr, *admits)]
 
 
-def _record(run: Run, head: int, state: RunState, loss: float, result: StepResult) -> None:
+def _record(run: Run, head: int, state: RunState, loss: float, result: StepResult, parts: torch.Tensor) -> None:
     """Remember a head's update, accepted or not."""
+    bad = look_closer(run, parts, loss, result)
     if result.refused is not None:
-        whose = {} if run.sync is None else {"head": head}
+        whose: dict[str, Any] = {} if run.sync is None else {"head": head}
+        if 0 < len(bad) < run.runtime.world_size:
+            whose["processes"] = bad
         run.watch.event("skip", state.step, reason=result.refused, loss=loss, grad_norm=result.grad_norm, **whose)
-        run.watch.say(f"step {state.step}: update {f'of head {head} ' if whose else ''}skipped, {result.refused}")
+        where = f" on processes {bad}" if "processes" in whose else ""
+        run.watch.say(
+            f"step {state.step}: update {f'of head {head} ' if 'head' in whose else ''}skipped, {result.refused}{where}"
+        )
     try:
         run.guard.record(state, loss=loss, grad_norm=result.grad_norm, refused=result.refused)
     except TrainingDiverged as error:
         if run.sync is None:
-            raise
+            raise with_suspect(run, error) from error
         run.diverged[head] = str(error)  # the other heads hear of it at the next sync
         return
     storm = run.guard.storm(state) if result.refused is not None else None
@@ -179,6 +189,14 @@ def _record(run: Run, head: int, state: RunState, loss: float, result: StepResul
         run.watch.alert(
             "updates are refused", f"step {state.step}: {storm}, the last since its {result.refused}", Level.warning
         )
+
+
+def _refused(run: Run) -> bool:
+    """Whether the last update was refused; heads refuse theirs apart.
+
+    What a broken GPU has spoiled another can do again, from a checkpoint of before.
+    """
+    return run.sync is None and run.state.skipped[-1:] == [run.state.step]
 
 
 def evaluate(run: Run) -> float:

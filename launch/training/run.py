@@ -23,6 +23,7 @@ from launch.watching.watch import Watch
 from parallel.elastic import ElasticHeads
 from parallel.engine import Engine
 from parallel.hosted import HostedEngine
+from parallel.pulse import Pulse
 from parallel.runtime import Runtime
 from parallel.saving import Saver
 from relora.convert import Conversion
@@ -73,6 +74,14 @@ class Run:
     """The model as the method sees it."""
     stepped: Callable[[], None] | None = None
     """Told of each finished update; the profiler's."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """By which the watchdog sees that steps end."""
+    checkpoint_due: bool = False
+    """Whether a checkpoint waits for an update that is not refused."""
+    suspects: list[tuple[int, dict[int, str]]] = field(default_factory=list)
+    """Of each step refused for numbers that are not finite: the processes whose own were not, and their machines."""
+    hosts: int = 1
+    """Machines, as far as anybody has asked."""
     diverged: dict[int, str] = field(default_factory=dict)
     """Hosted heads that cannot go on, and why; all heads agree on it at the next sync."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -182,20 +182,24 @@ def binding(config: TrainConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, seconds: float = 0.0) -> Iterator[None]:
     """Hold the folder against a second process of the same command.
+
+    Args:
+        seconds: how long another process may take to let go of it.
 
     Raises:
         ConfigError: another process trains in it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"run.dir={path} is in use by another process: wait for it, stop it, or name another run.dir"
-            ) from error
+        limit = time.monotonic() + seconds
+        while not _locked(file):
+            if time.monotonic() >= limit:
+                raise ConfigError(
+                    f"run.dir={path} is in use by another process: wait for it, stop it, or name another run.dir"
+                )
+            time.sleep(0.2)
         file.write(f"{os.getpid()}\n")
         file.flush()
         try:
@@ -204,6 +208,14 @@ def locked(path: Path) -> Iterator[None]:
             if [entry.name for entry in path.iterdir()] == [".lock"]:  # refused before anything was written
                 (path / ".lock").unlink()
                 path.rmdir()
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _named(folder: Path) -> Checkpoint:

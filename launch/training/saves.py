@@ -34,7 +34,7 @@ _FACTORS = ("down", "up", "synced_down", "synced_up")
 
 def save_checkpoint(run: Run) -> None:
     """Write a checkpoint of the run as it is after its last step, or begin to, and drop old ones."""
-    state = run.state
+    state, run.checkpoint_due = run.state, False
     state.note_best(step_name(state.step))
     held: Held = {**_held(run), "generators": _generators(run.runtime), METHOD: held_of_method(run)}
     if run.sync is not None:

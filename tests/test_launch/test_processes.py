@@ -1,12 +1,18 @@
 """Whole runs on several processes: the same numbers on every layout, resumed on any, killed anywhere."""
 
+import itertools
+import math
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 from safetensors.torch import load_file
 
 from launch import exits, train
+from launch.config import load
+from launch.training import loop
+from launch.training.guard import TrainingDiverged
 from launch.watching.records import read_records
 from tests.processes import environment_of, free_port
 
@@ -151,6 +157,46 @@ class Job:
         for process in self.processes:
             process.kill()
             process.wait()
+
+
+def _spoiled(runtime, words, kind):
+    """Train with a process whose loss or gradients are not finite from step 7 on; how that ended."""
+    steps, rank = itertools.count(), runtime.process_rank
+    real = loop.accumulate
+
+    def accumulate(engine, term, **options):
+        spoils = next(steps) >= 6 and rank == 1
+        plain = engine.backward
+        if spoils and kind == "gradients":
+            engine.backward = lambda loss: plain(loss * math.nan)
+        try:
+            parts = real(engine, term, **options)
+        finally:
+            engine.__dict__.pop("backward", None)
+        return parts * math.nan if spoils and kind == "loss" else parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "accumulate", accumulate)
+        patch.setattr("launch.training.suspects.gethostname", lambda: f"n{rank}")
+        patch.setattr(train, "watched", lambda *_, **__: nullcontext())  # which would end this process
+        try:
+            train.run_command(load(words))
+        except TrainingDiverged as error:
+            return str(error), error.step, error.host
+    return None
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("loss", "ddp"), ("gradients", "ddp"), ("gradients", "zero2")])
+def test_the_machine_that_alone_has_numbers_that_are_not_finite_is_named(on_processes, tiny, tmp_path, kind, layout):
+    folder = tmp_path / "spoiled"
+    line = [word for word in tiny if not word.startswith("run.dir")]
+    line += [f"run.dir={folder}", *LAYOUTS[layout][1], "training.max_skips=4", "checkpoint.every=1"]
+    told = on_processes(_spoiled, 2, line, kind)
+    assert {(step, host) for _, step, host in told} == {(10, "n1")}
+    assert "Only n1 (process 1) had numbers that were not finite before the sum" in told[0][0]
+    skips = _events(folder, "skip")
+    assert [one.get("processes") for one in skips] == [[1] if kind == "loss" else None, [1], [1], [1]]
+    assert max(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()) == "step_00000006"
 
 
 def _until(condition, job, seconds=60.0):

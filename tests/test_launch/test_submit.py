@@ -8,19 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from launch import exits, status, submit, train
 from launch.config import CONF, load
-from launch.jobs.attempt import VARIABLE, Outcome, StopFile, keep_own_log, note, outcome_in
+from launch.jobs.attempt import VARIABLE, Outcome, StopFile, beating, keep_own_log, note, outcome_in
 from launch.jobs.attempts import Attempt, Attempts, Next, decide, newest_step
 from launch.jobs.job import in_words
 from launch.jobs.launcher import LAUNCHERS, load_launcher
+from launch.jobs.leftovers import processes_of
 from launch.jobs.supervise import Supervisor
+from launch.training.run_folder import locked
 from launch.usage import field_docs
 from launch.watching.records import read_records
+from parallel.pulse import Pulse, gets_on
 from relora.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -190,8 +194,9 @@ def test_without_slurm_a_job_is_refused(capsys, monkeypatch, tmp_path):
     assert "launcher=slurm needs sbatch" in capsys.readouterr().err
 
 
-def ended(step, reached, host=None):
-    return Attempt(number=1, job="7", began=0.0, step=step, ended=1.0, reached=reached, code=1, host=host)
+def ended(step, reached, host=None, diverged=None):
+    own = {"host": host, "diverged": diverged}
+    return Attempt(number=1, job="7", began=0.0, step=step, ended=1.0, reached=reached, code=1, **own)
 
 
 @pytest.mark.parametrize(("history", "outcome", "asked", "follows"), [
@@ -210,6 +215,14 @@ def ended(step, reached, host=None):
     ([ended(0, 9, "n1")], Outcome(code=1, host="n1"), False, (Next.again, 1, ())),
     ([ended(0, 9, "n1"), ended(9, 12, "n1")], Outcome(code=1, host="n1"), False,
      (Next.elsewhere, exits.PREEMPTED, ("n1",))),
+    ([ended(0, 9, "n1", 12)], Outcome(code=1, host="n1", diverged=12), False,
+     (Next.elsewhere, exits.PREEMPTED, ("n1",))),
+    ([ended(0, 9, None, 12)], Outcome(code=1, diverged=12), False, (Next.again, 1, ())),
+    ([ended(0, 9, "n1", 12), ended(9, 9, "n2", 13)], Outcome(code=1, host="n2", diverged=13), False,
+     (Next.end, 1, ())),
+    ([ended(0, 9, "n1", 12), ended(9, 15)], Outcome(code=1), False, (Next.again, 1, ())),
+    ([ended(0, 9, "n1", 12), ended(9, 30, "n2", 33)], Outcome(code=1, host="n2", diverged=33), False,
+     (Next.elsewhere, exits.PREEMPTED, ("n2",))),
 ])  # fmt: skip
 def test_what_follows_an_attempt(history, outcome, asked, follows):
     decision = decide(history, outcome, limit=3, asked=asked, alive=lambda host: host != "dead")
@@ -269,6 +282,76 @@ def test_a_launcher_that_restarts_processes_is_let_go_on(tmp_path, monkeypatch):
     script = 'echo \'{"code": 1}\' > "$ACCRETE_ATTEMPT/outcome.json"; sleep 1.5; rm "$ACCRETE_ATTEMPT/outcome.json"'
     supervisor = Supervisor(tmp_path, ["bash", "-c", script], limit=1, job=None, restarts=True)
     assert supervisor.work() == exits.DONE
+
+
+def test_a_divergence_that_comes_again_is_given_up_with_its_reason(tmp_path, capfd):
+    script = 'echo \'{"code": 1, "reason": "loss is nan", "diverged": 7}\' > "$ACCRETE_ATTEMPT/outcome.json"; exit 1'
+    assert attempt_that(tmp_path, script, limit=9).work() == exits.FAILED
+    assert len(Attempts(tmp_path).read()) == 2
+    assert "diverged again near step 7, so that no machine is the reason; loss is nan" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_an_attempt_whose_first_process_gives_no_sign_of_life_is_ended(tmp_path, capfd, beats):
+    seconds = "0.2" if beats else "60"
+    script = f'for i in $(seq 20); do touch "$ACCRETE_ATTEMPT/heartbeat"; sleep {seconds}; done'
+    supervisor = Supervisor(tmp_path, ["bash", "-c", script], limit=1, job=None, hang=2.0)
+    assert supervisor.work() == (exits.DONE if beats else exits.FAILED)
+    assert ("no sign of life for 2 s" in capfd.readouterr().out) is not beats
+
+
+def test_a_heart_beats_only_while_its_process_gets_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr("launch.jobs.attempt._BEAT_SECONDS", 0.01)
+    pulse, heart = Pulse(), tmp_path / "heartbeat"
+
+    def beats():
+        heart.unlink(missing_ok=True)
+        time.sleep(0.1)
+        return heart.exists()
+
+    with beating(os.environ, lambda: gets_on(pulse, 0.2)):
+        assert beats()
+        with pulse.step():
+            time.sleep(0.3)
+            assert not beats()
+        time.sleep(0.1)
+        assert beats()
+    assert not (beats() and beats())
+    assert capfd.readouterr().err.count("warning: a step has taken") == 1
+
+
+def test_a_launcher_does_not_outlive_its_supervisor(tmp_path):
+    words = ["--run-dir", str(tmp_path), "--", "bash", "-c", f"echo $$ > {tmp_path}/launcher; exec sleep 62"]
+    supervisor = subprocess.Popen([sys.executable, "-m", "launch.jobs.supervise", *words], cwd=ROOT)
+    limit = time.monotonic() + 20
+    while not (tmp_path / "launcher").exists() or not processes_of(tmp_path / "job"):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    supervisor.kill()
+    supervisor.wait()
+    while processes_of(tmp_path / "job"):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_what_a_launcher_leaves_behind_is_killed_even_if_it_is_stopped(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("launch.jobs.leftovers._GRACE_SECONDS", 0.2)
+    script = "setsid sleep 61 & kill -STOP $!; exit 0"
+    assert attempt_that(tmp_path, script).work() == exits.DONE
+    assert processes_of(tmp_path / "job") == {}
+    assert "killed 1 processes that the launcher has left behind" in capfd.readouterr().out
+
+
+def test_a_supervised_run_waits_for_the_folder_that_an_earlier_attempt_still_holds(tmp_path):
+    (tmp_path / "job").mkdir()
+    with ExitStack() as held:
+        held.enter_context(locked(tmp_path))
+        with pytest.raises(ConfigError, match="in use by another process"), locked(tmp_path):
+            pass
+        threading.Timer(0.5, held.close).start()
+        with locked(tmp_path, seconds=20):
+            pass
 
 
 def test_the_last_outcome_counts_and_other_ranks_have_their_own_logs(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.pulse import held_up_by
 from parallel.watchdog import lost_peer
 
 TESTS = Path(__file__).parent.parent
@@ -99,12 +100,24 @@ def test_a_stopped_process_is_missed_after_the_limit(play, who):
     assert "silent for 1.5 s" in report
 
 
-def test_a_process_that_stays_away_from_a_collective_ends_it_by_its_time_limit(play):
-    result = play("late")
+@pytest.mark.parametrize(("what", "who"), [("late", 1), ("busy", 0), ("busy in a step", 2)])
+def test_a_process_that_stays_away_from_a_collective_is_named_with_where_it_is(play, what, who):
+    result = play(what, who)
     assert result["codes"] == [1, 1, 1]
     (report,) = reports(result)
-    assert "longer than its limit" in report
+    assert f"process {who} of 3 on {socket.gethostname()} holds up the rest: it is at " in report
+    assert "tests/failing.py, line" in report
+    assert "in misbehave" in report
+    assert "the innermost call last" in result["output"]
     assert result["seconds"] < 15
+
+
+def test_who_stands_elsewhere_than_most_holds_them_up():
+    assert held_up_by({0: "sum", 1: "data", 2: "sum"}, {0, 2}) == [1]
+    assert held_up_by({0: "sum", 1: "data", 2: "sum"}, set()) == [1], "as all wait for GPUs, nobody is known to wait"
+    assert held_up_by({0: "sum", 1: "data"}, set()) == []
+    assert held_up_by({0: "sum", 1: "sum"}, {0, 1}) == []
+    assert held_up_by({1: "data"}, {0, 2}) == [1]
 
 
 def test_a_process_without_its_launcher_ends_the_run(play):
@@ -132,7 +145,7 @@ def test_a_failure_of_the_main_process_at_the_very_end_is_everyones(play):
 
 def test_processes_that_do_not_meet_say_where_they_waited(play):
     result = play("absent")
-    assert result["codes"] == [2, 0, 2]
+    assert result["codes"] == [1, 0, 1], "nothing that the user must mend: another attempt may come together"
     assert "process 0 of 3 did not meet the others at 127.0.0.1:" in reports(result)[0]
 
 
