@@ -124,11 +124,11 @@ def test_everybody_hears_of_a_stage_and_a_branch_gets_what_was_before_it(tmp_pat
     assert told.logged[-1]["stream/forgetting"] == pytest.approx(0.3)
     assert told.tables == [(["after", "a", "b"], [["a", 0.9, 0.2], ["b", 0.6, 0.8]])]
     assert told.pictures == []
+    restore_stages(watch, records())
+    assert read_stream(read_history_events(tmp_path)) == stream_of(records())
     told.images = Images.end
     note_stage(watch, records())
     assert told.pictures == [{"matrix": 4}]
-    restore_stages(watch, records())
-    assert read_stream(read_history_events(tmp_path)) == stream_of(records())
 
 
 def read_history_events(folder):
