@@ -138,15 +138,6 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
     on_main(runtime, lambda: folder.begin(config, here, state, total=course.total_steps))
     if resume is None and config.run.save_start and phase.conversion is not None:
         on_main(runtime, lambda: save_model(phase.model, folder.path / "start", course.tokenizer, dtype=torch.float32))
-    watch = make_watch(
-        config,
-        course,
-        folder,
-        console,
-        apart,
-        heads=hosted_heads(config, apart, config.warm_start_steps),
-        state=state,
-    )
     run = Run(
         config=config,
         folder=folder,
@@ -163,7 +154,7 @@ def prepare(config: TrainConfig, folder: RunFolder, runtime: Runtime, console: C
         state=state,
         guard=_guard(config),
         saver=Saver(folder.checkpoints, runtime, config.checkpoint),
-        watch=watch,
+        watch=make_watch(config, course, folder, console, runtime=apart, state=state),
         stop=stop,
         wishes=Wishes(folder.path if runtime.is_main else None),
         spectra=_spectra(config, folder),

@@ -15,6 +15,7 @@ from launch.jobs.sweep import is_sweep
 from launch.planning.flops import peak_flops
 from launch.training.course import Course
 from launch.training.pace import cycles
+from launch.training.phase import hosted_heads
 from launch.training.requests import Wish, request
 from launch.training.run_folder import RunFolder, binding
 from launch.training.state import RunState
@@ -34,17 +35,16 @@ def make_watch(
     course: Course,
     folder: RunFolder,
     console: Console,
-    runtime: Runtime,
     *,
-    heads: Sequence[int],
+    runtime: Runtime,
     state: RunState,
 ) -> Watch:
     """The audience of a run whose folder has been begun; all processes call this.
 
     Args:
-        runtime: of heads that train apart.
-        heads: LTE's heads that this process will host then.
+        runtime: of heads that train apart, whatever the phase that the run is in.
     """
+    heads = hosted_heads(config, runtime, config.warm_start_steps)
     tracker, of_heads = _trackers(config, folder, console, runtime, heads, state.step)
     peak = config.training.peak_flops
     if peak is None and runtime.is_main:

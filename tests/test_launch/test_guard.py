@@ -47,6 +47,15 @@ def test_a_refused_value_does_not_enter_the_window():
     assert 50.0 not in state.losses
 
 
+def test_a_storm_is_told_once_when_half_of_what_ends_the_run_has_come_together():
+    guard, state, told = Guard(sigma=3.0, window=100, max_skips=5), warmed(), []
+    for _ in range(4):
+        state.step += 1
+        guard.record(state, loss=50.0, grad_norm=1.0, refused="spike")
+        told.append(guard.storm(state))
+    assert told == [None, None, "3 of the last 100 updates were refused; 5 end the run", None]
+
+
 def test_too_many_refusals_within_the_window_end_the_run_and_old_ones_are_forgotten():
     state = warmed()
     for _ in range(2):

@@ -14,6 +14,7 @@ from launch.watching.console import SilentConsole
 from launch.watching.records import append_records
 from launch.watching.stage_notes import note_stage, restore_stages
 from launch.watching.stage_records import Score, StageRecord, read_stream, stream_of
+from launch.watching.trackers.config import Images
 from launch.watching.trackers.tracker import Tracker
 from launch.watching.watch import Watch
 
@@ -101,13 +102,16 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
 
 class Told(Tracker):
     def __init__(self):
-        self.logged, self.tables = [], []
+        self.logged, self.tables, self.pictures = [], [], []
 
     def log(self, record):
         self.logged.append(record)
 
-    def matrix(self, columns, rows, draw):
-        self.tables.append((columns, rows, draw().shape[2]))
+    def matrix(self, columns, rows):
+        self.tables.append((columns, rows))
+
+    def figures(self, figures):
+        self.pictures.append({name: figure.shape[2] for name, figure in figures.items()})
 
 
 def test_everybody_hears_of_a_stage_and_a_branch_gets_what_was_before_it(tmp_path):
@@ -118,9 +122,13 @@ def test_everybody_hears_of_a_stage_and_a_branch_gets_what_was_before_it(tmp_pat
     note_stage(watch, records())
     assert told.logged[-1]["tasks/a/accuracy"] == 0.6
     assert told.logged[-1]["stream/forgetting"] == pytest.approx(0.3)
-    assert told.tables == [(["after", "a", "b"], [["a", 0.9, 0.2], ["b", 0.6, 0.8]], 4)]
+    assert told.tables == [(["after", "a", "b"], [["a", 0.9, 0.2], ["b", 0.6, 0.8]])]
+    assert told.pictures == []
     restore_stages(watch, records())
     assert read_stream(read_history_events(tmp_path)) == stream_of(records())
+    told.images = Images.end
+    note_stage(watch, records())
+    assert told.pictures == [{"matrix": 4}]
 
 
 def read_history_events(folder):
