@@ -15,11 +15,12 @@ import torch
 
 from continual.config import ContinualConfig
 from launch import exits
-from launch.config import TrainConfig, check_mesh, load, resolved
+from launch.config import TrainConfig, load, resolved
 from launch.environment import environment
 from launch.jobs.attempt import Outcome, StopFile, beating, folder_of, keep_own_log, note
 from launch.models.model import model_class, save_model
 from launch.prepare import following, show_data
+from launch.rules import check_mesh
 from launch.stream_rules import check_opened
 from launch.training.audience import FailureTold, make_watch
 from launch.training.course import Course, make_method, model_of_course, open_course

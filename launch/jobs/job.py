@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import TrainConfig, check_mesh, load
+from launch.config import TrainConfig, load
 from launch.jobs.launcher import (
     LocalConfig,
     MpiConfig,
@@ -24,6 +24,7 @@ from launch.jobs.launcher import (
 from launch.jobs.network import NO_PREFLIGHT, RESTARTABLE
 from launch.jobs.slurm_script import job_script
 from launch.jobs.sweep import Choice, expand
+from launch.rules import check_mesh
 from launch.training.run_folder import default_folder
 from parallel.mesh import mesh_of
 from relora.errors import ConfigError
