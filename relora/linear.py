@@ -123,8 +123,17 @@ class LowRankLinear(nn.Module):
         drops = self.training and self.dropout_probability > 0
         dropped = F.dropout(x, self.dropout_probability) if drops else None
         if self.path != ForwardPath.factored:
-            weight, transposed = self.weight, self.transposed
-            return addmm(x, weight, bias, down, up, self.scaling, transposed=transposed, dropped=dropped)
+            return addmm(
+                x,
+                self.weight,
+                bias,
+                down,
+                up,
+                self.scaling,
+                transposed=self.transposed,
+                dropped=dropped,
+                fused=self.path == ForwardPath.fused,
+            )
         return self._factored(x, x if dropped is None else dropped, down, up, bias)
 
     def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
 from relora.initialize import key_of
-from relora.kernels.setting import runs_on
+from relora.kernels.setting import run_on
 from relora.linear import LowRankLinear
 from relora.paths import ForwardPath
 from relora.precision import MergePrecision, join, stochastic_round
@@ -46,7 +46,7 @@ def form(layer: LowRankLinear, key: int) -> Tensor:
     left, right = (down.t(), up.t()) if layer.transposed else (up, down)
     weight = layer.weight.detach()
     with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
-        if weight.dtype == torch.bfloat16 and runs_on(weight):
+        if weight.dtype == torch.bfloat16 and run_on(weight.device):
             formed = _by_kernel(weight, layer.extra_bits, left, right, layer.scaling, key)
         elif weight.dtype == torch.bfloat16:
             formed = _rounded(weight, layer.extra_bits, left, right, layer.scaling, key)

@@ -8,13 +8,11 @@ import torch
 import relora.merged
 from relora.initialize import key_of
 from relora.kernels.factor_gradients import factor_gradients, factor_gradients_twin
-from relora.kernels.fused import fused
 from relora.kernels.grouped import grouped, grouped_twin, groups_of
 from relora.kernels.merge import merge, merge_twin
 from relora.kernels.products import products, products_twin
 from relora.linear import LowRankLinear
 from relora.merged import form
-from relora.paths import addmm
 from relora.precision import MergePrecision, join, split
 
 DEVICE = os.environ["KERNEL_DEVICE"]
@@ -74,17 +72,25 @@ def test_merge_in_float32_and_in_place():
 @pytest.mark.parametrize(("rows", "columns", "depth", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3), (64, 40, 50, 17)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products(dtype, rows, columns, depth, rank, turned):
-    def one(height, width):
-        return draw(width, height, dtype=dtype).t() if turned else draw(height, width, dtype=dtype)
+    def one(*shape):
+        return (
+            draw(*reversed(shape), dtype=dtype).permute(*reversed(range(len(shape))))
+            if turned
+            else draw(*shape, dtype=dtype)
+        )
 
-    arguments = (one(rows, depth), one(depth, columns), one(rows, rank), one(rank, columns), 0.5)
-    near(products(*arguments), products_twin(*arguments), dtype)
+    for heads, bias in (((), None), ((2,), draw(columns, dtype=dtype))):
+        factors = (one(*heads, rows, depth), one(depth, columns), one(*heads, rows, rank), one(*heads, rank, columns))
+        near(products(*factors, bias, 0.5), products_twin(*factors, bias, 0.5), dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (70, 65, 3), (200, 40, 17)])
-def test_factor_gradients(dtype, rows, columns, rank):
-    arguments = (draw(rows, columns, dtype=dtype), draw(columns, rank, dtype=dtype), draw(rows, rank, dtype=dtype), 0.5)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (70, 65, 3), (200, 40, 16)])
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_factor_gradients(dtype, sizes, heads):
+    rows, columns, rank = sizes
+    shapes = ((rows, columns), (columns, rank), (rows, rank))
+    arguments = (*(draw(*heads, *shape, dtype=dtype) for shape in shapes), 0.5)
     first, again = factor_gradients(*arguments), factor_gradients(*arguments)
     for ours, wanted, repeated in zip(first, factor_gradients_twin(*arguments), again, strict=True):
         near(ours, wanted, dtype)
@@ -96,25 +102,6 @@ def gradients(function, leaves, weighting):
     y = function(*leaves)
     y.backward(weighting)
     return [y.detach(), *(one.grad for one in leaves)]
-
-
-@DTYPES
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3)])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_fused_layer(dtype, rows, outputs, inputs, rank, has_bias):
-    weight, weighting = draw(outputs, inputs, dtype=dtype), draw(rows, outputs, dtype=dtype)
-    leaves = [draw(rows, inputs), draw(rank, inputs), draw(outputs, rank), *([draw(outputs)] if has_bias else [])]
-    leaves = [one.to(dtype) for one in leaves]
-
-    def by(path, weight, leaves, weighting):
-        def layer(x, down, up, bias=None):
-            return path(x, weight, bias, down, up, 0.5)
-
-        return gradients(layer, leaves, weighting)
-
-    wanted = by(addmm, weight.double(), [one.double() for one in leaves], weighting.double())
-    for ours, exact in zip(by(fused, weight, leaves, weighting), wanted, strict=True):
-        near(ours, exact.to(dtype), dtype)
 
 
 @DTYPES
@@ -146,5 +133,5 @@ def test_a_merged_layer_is_formed_by_the_kernel_where_it_runs(transposed, monkey
     layer.to(DEVICE).split_base_()
     ours = form(layer, 7)
     assert ours.shape == (layer.out_features, layer.in_features)
-    monkeypatch.setattr(relora.merged, "runs_on", lambda tensor: False)
+    monkeypatch.setattr(relora.merged, "run_on", lambda device: False)
     assert float((ours != form(layer, 7)).float().mean()) < 1e-3
