@@ -5,7 +5,12 @@ import os
 import pytest
 import torch
 
+import relora.kernels.products
 import relora.merged
+from launch import exits, train
+from launch.planning.flops import count_step_flops
+from launch.watching.records import read_records
+from relora.choice import measure, shape_of
 from relora.initialize import key_of
 from relora.kernels.factor_gradients import factor_gradients, factor_gradients_twin
 from relora.kernels.grouped import grouped, grouped_twin, groups_of
@@ -13,10 +18,13 @@ from relora.kernels.merge import merge, merge_twin
 from relora.kernels.products import products, products_twin
 from relora.linear import LowRankLinear
 from relora.merged import form
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision, join, split
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+SHORT = ["training.steps=6", "relora.warm_start_steps=2", "relora.every=2", "model.config.num_hidden_layers=1"]
+SHORT += ["lora.target_modules=[o_proj,down_proj]", "evaluation.sequences=1"]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -135,3 +143,34 @@ def test_a_merged_layer_is_formed_by_the_kernel_where_it_runs(transposed, monkey
     assert ours.shape == (layer.out_features, layer.in_features)
     monkeypatch.setattr(relora.merged, "run_on", lambda device: False)
     assert float((ours != form(layer, 7)).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_has_the_same_losses_by_fused_and_addmm(tiny, tmp_path, stage, monkeypatch):
+    found, calls = [], []
+    monkeypatch.setattr(relora.kernels.products, "products", lambda *args: calls.append(1) or products(*args))
+    for forward in ("addmm", "fused"):
+        assert not calls
+        words = [f"lora.forward={forward}", f"parallel.zero_stage={stage}", f"run.dir={tmp_path / forward}"]
+        assert train.main([*tiny, *SHORT, *words]) == exits.DONE
+        lines = read_records(tmp_path / forward / "metrics.jsonl")
+        found.append([line["loss"] for line in lines if "grad_norm" in line])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert calls
+
+
+def test_flops_are_those_of_addmm():
+    counts = []
+    for path in (ForwardPath.addmm, ForwardPath.fused):
+        for rank in (3, 20):  # in one pass, and in two
+            layer = LowRankLinear(torch.nn.Parameter(draw(7, 5)), None, adapter_rank=rank, scaling=0.5)
+            layer.path = path
+            x = draw(9, 5).requires_grad_()
+            counts.append(count_step_flops(lambda x=x, layer=layer: layer(x).sum().backward()))
+    assert counts[:2] == counts[2:]
+
+
+def test_a_measurement_times_fused():
+    layer = LowRankLinear(torch.nn.Parameter(draw(24, 16)), None, adapter_rank=2, scaling=0.5)
+    paths, shape = [ForwardPath.addmm, ForwardPath.fused], shape_of(layer, tokens=8, microbatches=1)
+    assert measure(shape, paths, torch.device(DEVICE))[ForwardPath.fused] > 0

@@ -147,7 +147,7 @@ def test_delta_norm_is_the_norm_of_the_delta() -> None:
 def test_merge_equals_a_loop_in_float64(
     kind: str, block_entries: int, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(relora.linear, "BLOCK_ENTRIES", block_entries)
     layer = _wrapped(kind)
     precision = MergePrecision.split if store == "float32" else MergePrecision[store]
     if store == "split":
@@ -173,7 +173,7 @@ def test_merge_equals_a_loop_in_float64(
 def test_merging_in_parts_equals_merging_at_once(
     kind: str, block_entries: int, precision: MergePrecision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(relora.linear, "BLOCK_ENTRIES", block_entries)
     layer, key = _wrapped(kind), key_of(0, "merge")
     if precision == MergePrecision.split:
         layer.split_base_()
