@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU, found by compiling them ahead of time: no GPU is needed.
 
-Registers and spills of a thread, shared memory of a block, and whether the tensor cores' instructions are there. It
-says that they build and what limits their occupancy, not how fast they are.
+Registers and spills of a thread, shared memory of a block, and whether the tensor cores' instructions are there, for
+layers whose sizes are multiples of 16. It says that they build and what limits their occupancy, not how fast they are.
 """
 
 import argparse
@@ -18,8 +18,9 @@ import torch
 from benchmarks.outcome import Document, document, markdown, write_document
 from launch import exits
 from relora.errors import ConfigError
-from relora.kernels.setting import has_triton
+from relora.kernels.setting import ONE_PASS_RANK, has_triton
 
+_SIZE = "i32, a multiple of 16"
 _FACTORS = {"bf16": ("*bf16", False), "fp32": ("*fp32", True)}
 
 
@@ -31,30 +32,34 @@ def builds() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     for dtype, (pointer, widen) in _FACTORS.items():
         for precision in ("split", "stochastic", "nearest") if dtype == "bf16" else ("float32",):
             words = _types("weight result left right", pointer) | _types("bits result_bits", "*i16")
-            words |= {"key": "i64", "scaling": "fp32"} | _types("rows columns rank", "i32")
+            words |= {"key": "i64", "scaling": "fp32"} | _types("rows columns rank", _SIZE)
             tile = {"BLOCK_ROWS": merge.ROWS, "BLOCK_COLUMNS": merge.COLUMNS, "BLOCK_DEPTH": merge.DEPTH}
             constants = {"PRECISION": precision, "HAS_BITS": precision == "split", "WIDEN": widen, **tile}
             found.append((f"merge, {precision}", merge.merge_kernel, words, constants))
-        tile = {"BLOCK_ROWS": products.ROWS, "BLOCK_COLUMNS": products.COLUMNS, "BLOCK_DEPTH": products.DEPTH}
-        words = _types("a b p q c", pointer) | {"scaling": "fp32"} | _types("rows columns depth rank", "i32")
-        words |= _types("a_row a_depth b_depth b_column p_row p_depth q_depth q_column", "i32")
-        constants = {"WIDEN": widen, **tile, "BLOCK_RANK": 16}
-        found.append((f"two products, {dtype}", products.products_kernel, words, constants))
-        words = _types("outer up small inner", pointer) | {"slices": "*fp32", "scaling": "fp32"}
-        words |= _types("rows columns rank strip", "i32")
-        kernel = factor_gradients.factor_gradients_kernel
-        for rank in (32, 128):
-            rows, columns = factor_gradients.tile(rank, widen)
-            constants = {"WIDEN": widen, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_RANK": rank}
-            found.append((f"factor gradients, {dtype}, rank {rank}", kernel, words, constants))
+        rows, columns, depth = products.tile(widen)
+        tile = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth, "GROUP": products.GROUP}
+        words = _types("a b p q bias c", pointer) | {"scaling": "fp32"} | _types("rows columns depth rank", _SIZE)
+        words |= _types("a_head a_row a_depth b_depth b_column p_head p_row p_depth q_head q_depth q_column", _SIZE)
+        for way, ones in (
+            ("forward", "a_depth b_depth p_depth q_depth"),
+            ("backward", "a_depth b_column p_depth q_column"),
+        ):
+            constants = {"HAS_BIAS": way == "forward", "WIDEN": widen, **tile, "BLOCK_RANK": 16}
+            constants |= dict.fromkeys(ones.split(), 1)  # the launcher makes constants of steps of 1
+            found.append((f"two products, {dtype}, {way}", products.products_kernel, words, constants))
+        words = _types("outer up small inner", pointer) | {"slices": "*fp32"}
+        words |= _types("rows columns rank strip", _SIZE)
+        tile = {"BLOCK_ROWS": factor_gradients.height(widen), "BLOCK_COLUMNS": factor_gradients.COLUMNS}
+        constants = {"WIDEN": widen, **tile, "BLOCK_RANK": ONE_PASS_RANK}
+        found.append((f"factor gradients, {dtype}", factor_gradients.factor_gradients_kernel, words, constants))
         tile = {"BLOCK_ROWS": grouped.ROWS, "BLOCK_COLUMNS": grouped.COLUMNS, "BLOCK_DEPTH": grouped.DEPTH}
         places = _types("order starts block_heads block_starts", "*i64")
         words = _types("a b c", pointer) | places | {"scaling": "fp32"}
-        words |= _types("columns depth b_head b_depth b_column", "i32")
+        words |= _types("columns depth b_head b_depth b_column", _SIZE)
         found.append((f"grouped rows, {dtype}", grouped.grouped_rows_kernel, words, {"WIDEN": widen, **tile}))
         tile = {"BLOCK_ROWS": grouped.ROWS, "BLOCK_HEIGHT": grouped.COLUMNS, "BLOCK_WIDTH": grouped.COLUMNS}
         words = _types("a b c", pointer) | _types("order starts", "*i64") | {"scaling": "fp32"}
-        words |= _types("height width", "i32")
+        words |= _types("height width", _SIZE)
         found.append((f"grouped outer, {dtype}", grouped.grouped_outer_kernel, words, {"WIDEN": widen, **tile}))
     return found
 
@@ -69,19 +74,23 @@ def resources(kernel: Any, words: dict[str, str], constants: dict[str, Any], arc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from relora.kernels.factor_gradients import WARPS
+    from relora.kernels import factor_gradients, products
 
     order = [name for name in kernel.arg_names if name not in constants]
-    signature = {name: words[name] for name in order} | dict.fromkeys(constants, "constexpr")
-    # As the launcher would know it: all pointers come from torch, which aligns them.
+    signature = {name: words[name].split(",")[0] for name in order} | dict.fromkeys(constants, "constexpr")
+    # As the launcher would know it: all pointers come from torch, which aligns them, and a layer's sizes are even.
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, name in enumerate(kernel.arg_names)
-        if words.get(name, "").startswith("*")
+        if name not in constants and (words[name].startswith("*") or words[name] == _SIZE)
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    warps = WARPS if kernel.__name__ == "factor_gradients_kernel" else 4  # Triton's own choice
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    chosen = {
+        products.products_kernel: products.WARPS,
+        factor_gradients.factor_gradients_kernel: factor_gradients.WARPS,
+    }
+    options = {"num_warps": chosen.get(kernel, 4)}  # 4 is Triton's own choice
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     usage = _usage(built.asm["cubin"])
     return {
         "registers": usage["REG"],

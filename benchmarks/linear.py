@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.linear_variants import COMPILED, FULL, PATHS, PEFT, Shape, counted, variants
+from benchmarks.linear_variants import AUTO, COMPILED, FULL, PEFT, Shape, counted, variants
 from benchmarks.machine import device_here
 from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
 from launch import exits
@@ -32,6 +32,7 @@ _GPU = {
 }
 _QUICK = {"layers": ["256x128"], "tokens": [128], "ranks": [8], "dtypes": ["float32", "bfloat16"]}
 _WARM_UP = 2
+_OTHERS = {"to_full": FULL, "to_peft": PEFT, "to_compiled": COMPILED}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -44,7 +45,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: bool) -> list[dict[str, Any]]:
     """A row for each variant of one shape."""
-    updates = variants(shape, device, compiled=compiled)
+    compared = variants(shape, device, compiled=compiled)
+    updates = compared.updates
     times: dict[str, list[float]] = {name: [] for name in updates}
     for _ in range(_WARM_UP + repetitions):
         for name, update in updates.items():
@@ -56,8 +58,9 @@ def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: b
     for name, update in updates.items():
         done = None if name == COMPILED else counted(update, shape, peak=peak, bandwidth=bandwidth)
         seconds = median(times[name])
-        row = {**asdict(shape), "variant": name, "seconds": seconds}
-        row |= {"to_full": paired_ratio(times[name], times[FULL]), "to_peft": paired_ratio(times[name], times[PEFT])}
+        row = {**asdict(shape), "variant": name, "takes": compared.taken if name == AUTO else None, "seconds": seconds}
+        for key, other in _OTHERS.items():
+            row[key] = paired_ratio(times[name], times[other]) if other in times else None
         row |= dict.fromkeys(("flops", "bytes", "peak_bytes", "roofline_seconds", "roofline_share"))
         if done is not None:
             row |= {**asdict(done), "roofline_share": done.roofline_seconds / seconds}
@@ -66,15 +69,19 @@ def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: b
 
 
 def tables(study: Document) -> str:
-    """The study as Markdown: a table for each shape, and the fastest path of each."""
-    parts, fastest = [], []
+    """The study as Markdown: a table for each shape, and what `auto` takes and gains in each."""
+    parts, gains = [], []
     for _, group in itertools.groupby(study["rows"], key=_shape):
         rows = list(group)
         parts.append(f"{_title(rows[0])}\n\n{_table(rows)}")
-        best = min((row for row in rows if row["variant"] in PATHS), key=lambda row: row["seconds"])
-        ratios = [f"{best[key]['median']:.3f}" for key in ("to_full", "to_peft")]
-        fastest.append([_title(best), best["variant"], *ratios])
-    return "\n\n".join([*parts, markdown(["shape", "fastest path", "/ full linear", "/ PEFT, eager"], fastest)])
+        auto = next(row for row in rows if row["variant"] == AUTO)
+        gains.append([_title(auto), auto["takes"], *(_ratio(auto[key]) for key in _OTHERS)])
+    headers = ["shape", "auto takes", *(f"/ {other}" for other in _OTHERS.values())]
+    return "\n\n".join([*parts, markdown(headers, gains)])
+
+
+def _ratio(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"{found['median']:.3f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _shape(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -18,13 +18,15 @@ from torch.utils._pytree import tree_leaves
 
 from launch.planning.flops import operation_flops
 from launch.planning.microbatch import Ledger
+from relora.choice import measure, shape_of
+from relora.kernels.setting import run_on
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
 from relora.paths import ForwardPath
 
 SCALING = 0.25
 FULL, PEFT, COMPILED = "full linear", "PEFT, eager", "PEFT, compiled"
-PATHS = {path.value: path for path in ForwardPath if path is not ForwardPath.auto}
+AUTO = ForwardPath.auto.value
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -53,8 +55,24 @@ class Counted:
     """Sum over operations of the longer of their arithmetic and their traffic."""
 
 
-def variants(shape: Shape, device: torch.device, *, compiled: bool) -> dict[str, Callable[[], None]]:
-    """An update of each layer, by name."""
+def paths_on(device: torch.device) -> list[ForwardPath]:
+    """The paths of `lora.forward` that can run on a device, but for `auto`."""
+    missing = {ForwardPath.auto} if run_on(device) else {ForwardPath.auto, ForwardPath.fused}
+    return [path for path in ForwardPath if path not in missing]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Compared:
+    """The layers of one shape."""
+
+    updates: dict[str, Callable[[], None]]
+    """An update of each, by name."""
+    taken: str
+    """The path that `auto` took, by a measurement of its own."""
+
+
+def variants(shape: Shape, device: torch.device, *, compiled: bool) -> Compared:
+    """Make the layers."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, shape.dtype)
 
@@ -78,16 +96,25 @@ def variants(shape: Shape, device: torch.device, *, compiled: bool) -> dict[str,
     full = nn.Linear(shape.inputs, shape.outputs, bias=False, device=device, dtype=dtype)
     full.weight.data = weight.clone()
     made = {FULL: update(full, full)}
-    for name, path in PATHS.items():
+    paths = paths_on(device)
+
+    def ours(path: ForwardPath) -> LowRankLinear:
         layer = LowRankLinear(nn.Parameter(weight), None, adapter_rank=shape.rank, scaling=SCALING)
         layer.down.data, layer.up.data, layer.path = down.clone(), up.clone(), path
-        made[name] = update(layer, layer)
+        return layer
+
+    for path in paths:
+        made[path.value] = update(layer := ours(path), layer)
+    wanted = shape_of(ours(ForwardPath.addmm), tokens=shape.tokens, microbatches=shape.microbatches)
+    measured = measure(wanted, paths, device)
+    taken = min(paths, key=measured.__getitem__)
+    made[AUTO] = update(layer := ours(taken), layer)
     theirs = _peft_layer(weight, down, up)
     made[PEFT] = update(theirs, theirs)
     if compiled:
         torch.compiler.reset()
         made[COMPILED] = update(theirs, torch.compile(theirs))
-    return made
+    return Compared(updates=made, taken=taken.value)
 
 
 def _peft_layer(weight: Tensor, down: Tensor, up: Tensor) -> nn.Module:

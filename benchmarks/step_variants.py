@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from benchmarks.linear_variants import paths_on
 from continual.data import Batch
 from continual.method import Term
 from launch.config import TrainConfig, load
@@ -195,7 +196,7 @@ def low_rank_paths(shape: Shape, runtime: Runtime, cache: Path) -> dict[str, Var
     layers = low_rank_modules(phase.model)
     engine = make_engine(phase, config, runtime, taken)
     made = {}
-    for path in ForwardPath:
+    for path in (*paths_on(runtime.device), ForwardPath.auto):
         of_each = {name: ForwardPath(taken[name]) if path is ForwardPath.auto else path for name in layers}
         for name, layer in layers.items():
             layer.path = of_each[name]

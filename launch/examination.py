@@ -37,6 +37,7 @@ LEAST = {
     "matplotlib": "3.8",
     "numpy": "1.26",
     "pillow": "10",
+    "psutil": "5.9",
     "scikit-learn": "1.4",
     "packaging": "23",
 }

@@ -29,6 +29,7 @@ from launch.training.granting import settle
 from launch.training.guard import Guard, TrainingDiverged
 from launch.training.heads import begin_heads
 from launch.training.loop import evaluate, train, validation_loss
+from launch.training.paths import check_device
 from launch.training.phase import hosted_heads, make_engine_of_heads, make_phase
 from launch.training.preflight import preflight
 from launch.training.requests import Wishes
@@ -343,6 +344,7 @@ def _written_loss(run: Run, live_loss: float) -> float:
 
 def _check_processes(config: TrainConfig, runtime: Runtime) -> None:
     check_mesh(config, runtime.mesh)
+    check_device(config, runtime.device)
     told = json.dumps(resolved(config), sort_keys=True)
     same_on_all(
         runtime,

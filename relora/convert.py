@@ -55,7 +55,7 @@ class LoraConfig:
     dense: list[ParameterKind] = field(default_factory=_default_dense)
     """Kinds of parameters that train at full rank; the others are frozen."""
     forward: ForwardPath = ForwardPath.addmm
-    """Compute path of the low-rank layers: factored, addmm, merged, or auto, which measures (docs/performance.md)."""
+    """Compute path of the low-rank layers: factored, addmm, merged, fused (Triton kernels), or auto, which measures."""
     init_from: str | None = None
     """Folder of a PEFT adapter to start from."""
 

@@ -20,7 +20,8 @@ from relora.initialize import draw_down
 from relora.paths import ForwardPath, addmm, factored, merged
 from relora.precision import MergePrecision, add_, join, split
 
-_BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of rows of about this size, so its temporaries stay small
+BLOCK_ENTRIES = 1 << 19
+"""What works on whole base weights does so by blocks of rows of about this size, so that its temporaries stay small."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -123,8 +124,17 @@ class LowRankLinear(nn.Module):
         drops = self.training and self.dropout_probability > 0
         dropped = F.dropout(x, self.dropout_probability) if drops else None
         if self.path != ForwardPath.factored:
-            weight, transposed = self.weight, self.transposed
-            return addmm(x, weight, bias, down, up, self.scaling, transposed=transposed, dropped=dropped)
+            return addmm(
+                x,
+                self.weight,
+                bias,
+                down,
+                up,
+                self.scaling,
+                transposed=self.transposed,
+                dropped=dropped,
+                fused=self.path == ForwardPath.fused,
+            )
         return self._factored(x, x if dropped is None else dropped, down, up, bias)
 
     def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,7 +180,10 @@ class LowRankLinear(nn.Module):
         Shapes: (out, in)
         """
         down, up = self._factors(down, up)
-        return _product(up, down, self.scaling)
+        delta, down = torch.empty(len(up), down.shape[1], device=up.device), down.double()
+        for rows, _, _ in _row_blocks(0, delta.numel(), delta.shape[1]):
+            delta[rows] = _product(up[rows], down, self.scaling)
+        return delta
 
     @torch.no_grad()
     def base(self) -> Tensor:
@@ -231,8 +244,8 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def add_part_(self, precision: MergePrecision, delta: Tensor, key: int | None, part: BasePart) -> int:
         """Add an update to a part of the base weight; return the entries changed."""
-        starts = range(0, delta.numel(), _BLOCK_ENTRIES)
-        places = (slice(start, min(start + _BLOCK_ENTRIES, delta.numel())) for start in starts)
+        starts = range(0, delta.numel(), BLOCK_ENTRIES)
+        places = (slice(start, min(start + BLOCK_ENTRIES, delta.numel())) for start in starts)
         return _add_blocks_(((inside, delta[inside]) for inside in places), precision, key, part)
 
     @torch.no_grad()
@@ -248,10 +261,11 @@ class LowRankLinear(nn.Module):
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield a product where a part of the base weight is, block by block."""
         down, up = (factor.to(part.weight.device) for factor in (down, up))
-        left, right = (down.t(), up.t()) if self.transposed else (up, down)
+        left, right = (down.t(), up.t().double()) if self.transposed else (up, down.double())
         for rows, inside, skipped in _row_blocks(part.start, part.weight.numel(), right.shape[1]):
             delta = _product(left[rows], right, self.scaling if scaling is None else scaling).view(-1)
             yield inside, delta[skipped:][: inside.stop - inside.start]
+            del delta  # before the next one is formed
 
     def whole_base(self) -> BasePart:
         """Return the base weight as its own only part."""
@@ -283,13 +297,21 @@ def _add_blocks_(
     for inside, delta in blocks:
         bits = None if part.extra_bits is None else part.extra_bits[inside]
         changed += add_(part.weight[inside], bits, delta, precision, key, part.start + inside.start)
+        del delta
     return int(changed)
+
+
+def squared(tensor: Tensor) -> float:
+    """Return the sum of squares, by blocks: with a dtype of their own, norms copy what they read."""
+    blocks = tensor.reshape(-1).split(BLOCK_ENTRIES)
+    norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
+    return float(torch.stack(norms).square().sum())
 
 
 def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     # float64 inside: autocast and the TF32 and bfloat16 matmul settings, which may hold during training, must
     # not touch a merge, and they leave float64 alone.
-    return (left.double() @ right.double()).mul_(scaling).float()
+    return (left.double() @ right).mul_(scaling).float()
 
 
 def _row_blocks(start: int, count: int, width: int) -> Iterator[tuple[slice, slice, int]]:
@@ -299,7 +321,7 @@ def _row_blocks(start: int, count: int, width: int) -> Iterator[tuple[slice, sli
     """
     if not count:
         return
-    height = max(1, _BLOCK_ENTRIES // max(1, width))
+    height = max(1, BLOCK_ENTRIES // max(1, width))
     first, last = start // width, -(-(start + count) // width)
     for row in range(first, last, height):
         end = min(row + height, last)

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from relora.convert import low_rank_modules
 from relora.initialize import key_of
-from relora.kernels.setting import runs_on
-from relora.linear import LowRankLinear
+from relora.kernels.setting import run_on
+from relora.linear import BLOCK_ENTRIES, LowRankLinear
 from relora.paths import ForwardPath
 from relora.precision import MergePrecision, join, stochastic_round
-
-_BLOCK_ENTRIES = 1 << 22  # rounding works on blocks of rows of about this size, so its temporaries stay small
 
 
 @contextmanager
@@ -46,7 +44,7 @@ def form(layer: LowRankLinear, key: int) -> Tensor:
     left, right = (down.t(), up.t()) if layer.transposed else (up, down)
     weight = layer.weight.detach()
     with nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
-        if weight.dtype == torch.bfloat16 and runs_on(weight):
+        if weight.dtype == torch.bfloat16 and run_on(weight.device):
             formed = _by_kernel(weight, layer.extra_bits, left, right, layer.scaling, key)
         elif weight.dtype == torch.bfloat16:
             formed = _rounded(weight, layer.extra_bits, left, right, layer.scaling, key)
@@ -63,7 +61,7 @@ def _by_kernel(weight: Tensor, bits: Tensor | None, left: Tensor, right: Tensor,
 
 def _rounded(weight: Tensor, bits: Tensor | None, left: Tensor, right: Tensor, scaling: float, key: int) -> Tensor:
     formed, width, right = torch.empty_like(weight), weight.shape[1], right.float()
-    height = max(1, _BLOCK_ENTRIES // width)
+    height = max(1, BLOCK_ENTRIES // width)
     for first in range(0, len(weight), height):
         rows = slice(first, first + height)
         exact = weight[rows].float() if bits is None else join(weight[rows], bits[rows])

@@ -1,8 +1,9 @@
 """Ways to compute one low-rank layer, y = x W' + b + s (x down') up', equal in values and in all gradients.
 
 `factored` leaves every product to autograd. `addmm` is one autograd function: the scale is folded into the products,
-which add in place, and only the input and the small activation x down' are kept. `merged` takes the formed weight
-W + s up down (relora/merged.py), and finds the factors' gradients without the base weight's wherever that is cheaper.
+which add in place, and only the input and the small activation x down' are kept. `fused` is the same function with
+Triton's kernels for pairs of products. `merged` takes the formed weight W + s up down (relora/merged.py), and finds the
+factors' gradients without the base weight's wherever that is cheaper.
 Source: the algebra is RunLoRA's, Cherniuk et al. 2023 (arXiv 2312.03415); docs/performance.md.
 """
 
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from relora.kernels.fused import factor_gradients, two_products
+from relora.kernels.setting import ONE_PASS_RANK
+
 
 class ForwardPath(str, Enum):
     """How a low-rank layer computes."""
@@ -25,6 +29,7 @@ class ForwardPath(str, Enum):
     factored = "factored"
     addmm = "addmm"
     merged = "merged"
+    fused = "fused"
 
 
 def factored(x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
@@ -42,18 +47,21 @@ def addmm(
     *,
     transposed: bool = False,
     dropped: Tensor | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """Return the layer's output; with the factors of several heads, each sees its own equal run of rows.
 
     Args:
         dropped: the input of the factors, where it is not `x`.
+        fused: whether kernels take the place of products that add in place.
 
     Shapes: x (..., in); weight (out, in), transposed (in, out); down ([heads,] rank, in), up ([heads,] out, rank)
     """
     x, weight, down, up = (_autocast(one) for one in (x, weight, down, up))
     bias = None if bias is None else _autocast(bias)
     dropped = None if dropped is None else _autocast(dropped)
-    output: Tensor = _Addmm.apply(x, dropped, weight, bias, down, up, (scaling, transposed))  # type: ignore[no-untyped-call]
+    how = (scaling, transposed, fused)
+    output: Tensor = _Addmm.apply(x, dropped, weight, bias, down, up, how)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -85,37 +93,43 @@ class _Addmm(Function):
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        how: tuple[float, bool],
+        how: tuple[float, bool, bool],
     ) -> Tensor:
-        scaling, transposed = how
-        output = F.linear(x, weight.t() if transposed else weight, bias)
+        scaling, transposed, fused = how
         source = _rows(x if dropped is None else dropped, down)
         small = source @ down.mT
-        _add_product_(_rows(output, up), small, up.mT, scaling)
+        if fused:
+            matrix = weight if transposed else weight.t()
+            output: Tensor = two_products(_rows(x, down), matrix, small, up.mT, bias, scaling)
+            output = output.view(*x.shape[:-1], -1)
+        else:
+            output = F.linear(x, weight.t() if transposed else weight, bias)
+            _add_product_(_rows(output, up), small, up.mT, scaling)
         # The parameter itself is kept, not a view of it: ZeRO-3 changes what lies behind it between the passes.
         ctx.save_for_backward(source if ctx.needs_input_grad[4] else None, small, weight, down, up)
-        ctx.scaling, ctx.transposed, ctx.dropped = scaling, transposed, dropped is not None
-        ctx.shape = x.shape
+        ctx.how, ctx.dropped, ctx.shape = how, dropped is not None, x.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         source, small, weight, down, up = ctx.saved_tensors
+        scaling, transposed, fused = ctx.how
         for_x, for_dropped, _, for_bias, for_down, for_up = ctx.needs_input_grad[:6]
         outer = _rows(gradient, up)
-        inner = outer @ up
-        matrix = weight.t() if ctx.transposed else weight
+        inner, up_gradient = _of_outer(outer, up, small if for_up else None, scaling, fused)
+        matrix = weight.t() if transposed else weight
         x_gradient = dropped_gradient = None
-        if for_x:
+        if for_x and fused and not ctx.dropped:
+            x_gradient = two_products(outer, matrix, inner, down, None, scaling).view(ctx.shape)
+        elif for_x:
             x_gradient = _flat(gradient) @ matrix
             if not ctx.dropped:
-                _add_product_(_rows(x_gradient, down), inner, down, ctx.scaling)
+                _add_product_(_rows(x_gradient, down), inner, down, scaling)
             x_gradient = x_gradient.view(ctx.shape)
         if for_dropped:
-            dropped_gradient = (inner @ down).mul_(ctx.scaling).view(ctx.shape)
+            dropped_gradient = (inner @ down).mul_(scaling).view(ctx.shape)
         bias_gradient = _flat(gradient).sum(0) if for_bias else None
-        down_gradient = (inner.mT @ source).mul_(ctx.scaling) if for_down else None
-        up_gradient = _of_up(outer, small, ctx.scaling) if for_up else None
+        down_gradient = (inner.mT @ source).mul_(scaling) if for_down else None
         return x_gradient, dropped_gradient, None, bias_gradient, down_gradient, up_gradient, None
 
 
@@ -148,6 +162,16 @@ class _Merged(Function):
             if for_up:
                 up_gradient = _of_up(outer, rows @ down.mT, ctx.scaling)
         return x_gradient, None, bias_gradient, down_gradient, up_gradient, None
+
+
+def _of_outer(
+    outer: Tensor, up: Tensor, small: Tensor | None, scaling: float, fused: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return dY up, and the gradient of `up` where S is given."""
+    if fused and small is not None and up.shape[-1] <= ONE_PASS_RANK:
+        inner, up_gradient = factor_gradients(outer, up, small, scaling)
+        return inner, up_gradient
+    return outer @ up, None if small is None else _of_up(outer, small, scaling)
 
 
 def _of_up(outer: Tensor, small: Tensor, scaling: float) -> Tensor:

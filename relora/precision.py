@@ -46,24 +46,30 @@ def stochastic_round(value: Tensor, key: int, start: int = 0) -> Tensor:
     The chance of an entry depends on `key` and on its place, counted from `start` in memory order, alone: a part
     of a tensor rounds as it does within the whole.
     """
-    bits = value.contiguous().view(torch.int32) + _noise(key, start, value.numel(), value.device).view(value.shape)
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    noise = _noise(key, start, value.numel(), value.device).view(value.shape)
+    bits = noise.add_(value.contiguous().view(torch.int32))
+    return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 def _noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Return 16 random bits for each place, by a counter-based generator.
+    """Return 16 random bits for each place, by a counter-based generator; four places share a word of 64 bits.
 
     Source: the output function of SplitMix64, Steele, Lea and Flood 2014.
     """
-    state = torch.arange(start, start + count, device=device) * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    first = start >> 2
+    words = torch.arange(first, (start + count + 3) >> 2, device=device).mul_(_signed(0x9E3779B97F4A7C15))
+    words.add_(_signed(key))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        state = (state ^ _shifted(state, shift)) * _signed(factor)
-    return _shifted(state ^ _shifted(state, 31), 48).to(torch.int32)
+        words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
+    words.bitwise_xor_(_shifted(words, 31))
+    # The lowest bits come first in memory, as on all processors that torch supports.
+    bits = words.view(torch.int16)[start - 4 * first :][:count]
+    return bits.to(torch.int32).bitwise_and_(0xFFFF)
 
 
 def _shifted(value: Tensor, places: int) -> Tensor:
     """Shift int64 to the right without its sign."""
-    return (value >> places) & ((1 << (64 - places)) - 1)
+    return (value >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _signed(value: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.initialize import draw_down, key_of, keyed_generator
-from relora.linear import BasePart, LowRankLinear
+from relora.linear import BasePart, LowRankLinear, squared
 from relora.optimizer import Moments, Reset, clear_moments, kept, prune_moments
 from relora.precision import MergePrecision
 
@@ -230,8 +230,7 @@ def restart(
     for name, layer in layers.items():
         down, up = store.factors(layer)
         base = store.base(layer)
-        base_squared = float(torch.linalg.vector_norm(base.weight, dtype=torch.float64)) ** 2
-        sums[1:] += torch.tensor([base_squared, 0.0, base.weight.numel()], dtype=torch.float64) / base.replicas
+        sums[1:] += torch.tensor([squared(base.weight), 0.0, base.weight.numel()], dtype=torch.float64) / base.replicas
         if not merged:
             key = key_of(seed, "round", name, heads[0], restart_index)
             sums[0] += layer.delta_norm(down, up) ** 2 / base.layer_replicas

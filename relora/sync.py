@@ -20,12 +20,12 @@ from relora.convert import low_rank_modules
 from relora.dense import DENSE, DenseParameters
 from relora.heads import Compression, Delivery, Heads, Parcel, Way
 from relora.initialize import draw_down, key_of
-from relora.linear import BasePart, LowRankLinear
+from relora.linear import BasePart, LowRankLinear, squared
 from relora.lte import DenseSync, Exchange, FactorAdam, LteConfig
 from relora.optimizer import clear_moments, scale_moments
 from relora.outer import Outer
 from relora.restart import ParameterStore
-from relora.sync_report import SyncReport, Tally, inner_products, squared
+from relora.sync_report import SyncReport, Tally, inner_products
 
 Pair = tuple[Tensor, Tensor]
 """down and up of one head."""

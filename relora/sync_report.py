@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from relora.heads import Delivery
-from relora.linear import BasePart
+from relora.linear import BasePart, squared
 from relora.restart import ParameterStore
 from relora.spectrum import effective_rank, product_singular_values
 
@@ -117,11 +117,6 @@ class Tally:
             bytes=round(total_sent),
             seconds=0.0,
         )
-
-
-def squared(tensor: Tensor) -> float:
-    """Return the sum of squares."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _gram(downs: Tensor) -> Tensor:

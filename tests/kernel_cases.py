@@ -5,22 +5,28 @@ import os
 import pytest
 import torch
 
+import relora.kernels.products
 import relora.merged
+from launch import exits, train
+from launch.planning.flops import count_step_flops
+from launch.watching.records import read_records
 from parallel.output_loss import OutputLoss, loss_by
 from parallel.vocabulary import IGNORED
+from relora.choice import measure, shape_of
 from relora.initialize import key_of
 from relora.kernels.factor_gradients import factor_gradients, factor_gradients_twin
-from relora.kernels.fused import fused
 from relora.kernels.grouped import grouped, grouped_twin, groups_of
 from relora.kernels.merge import merge, merge_twin
 from relora.kernels.products import products, products_twin
 from relora.linear import LowRankLinear
 from relora.merged import form
-from relora.paths import addmm
+from relora.paths import ForwardPath
 from relora.precision import MergePrecision, join, split
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+SHORT = ["training.steps=6", "relora.warm_start_steps=2", "relora.every=2", "model.config.num_hidden_layers=1"]
+SHORT += ["lora.target_modules=[o_proj,down_proj]", "evaluation.sequences=1"]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -76,17 +82,25 @@ def test_merge_in_float32_and_in_place():
 @pytest.mark.parametrize(("rows", "columns", "depth", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3), (64, 40, 50, 17)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products(dtype, rows, columns, depth, rank, turned):
-    def one(height, width):
-        return draw(width, height, dtype=dtype).t() if turned else draw(height, width, dtype=dtype)
+    def one(*shape):
+        return (
+            draw(*reversed(shape), dtype=dtype).permute(*reversed(range(len(shape))))
+            if turned
+            else draw(*shape, dtype=dtype)
+        )
 
-    arguments = (one(rows, depth), one(depth, columns), one(rows, rank), one(rank, columns), 0.5)
-    near(products(*arguments), products_twin(*arguments), dtype)
+    for heads, bias in (((), None), ((2,), draw(columns, dtype=dtype))):
+        factors = (one(*heads, rows, depth), one(depth, columns), one(*heads, rows, rank), one(*heads, rank, columns))
+        near(products(*factors, bias, 0.5), products_twin(*factors, bias, 0.5), dtype)
 
 
 @DTYPES
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(1, 1, 1), (70, 65, 3), (200, 40, 17)])
-def test_factor_gradients(dtype, rows, columns, rank):
-    arguments = (draw(rows, columns, dtype=dtype), draw(columns, rank, dtype=dtype), draw(rows, rank, dtype=dtype), 0.5)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (70, 65, 3), (200, 40, 16)])
+@pytest.mark.parametrize("heads", [(), (2,)])
+def test_factor_gradients(dtype, sizes, heads):
+    rows, columns, rank = sizes
+    shapes = ((rows, columns), (columns, rank), (rows, rank))
+    arguments = (*(draw(*heads, *shape, dtype=dtype) for shape in shapes), 0.5)
     first, again = factor_gradients(*arguments), factor_gradients(*arguments)
     for ours, wanted, repeated in zip(first, factor_gradients_twin(*arguments), again, strict=True):
         near(ours, wanted, dtype)
@@ -98,25 +112,6 @@ def gradients(function, leaves, weighting):
     y = function(*leaves)
     y.backward(weighting)
     return [y.detach(), *(one.grad for one in leaves)]
-
-
-@DTYPES
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "rank"), [(1, 1, 1, 1), (70, 65, 33, 3)])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_fused_layer(dtype, rows, outputs, inputs, rank, has_bias):
-    weight, weighting = draw(outputs, inputs, dtype=dtype), draw(rows, outputs, dtype=dtype)
-    leaves = [draw(rows, inputs), draw(rank, inputs), draw(outputs, rank), *([draw(outputs)] if has_bias else [])]
-    leaves = [one.to(dtype) for one in leaves]
-
-    def by(path, weight, leaves, weighting):
-        def layer(x, down, up, bias=None):
-            return path(x, weight, bias, down, up, 0.5)
-
-        return gradients(layer, leaves, weighting)
-
-    wanted = by(addmm, weight.double(), [one.double() for one in leaves], weighting.double())
-    for ours, exact in zip(by(fused, weight, leaves, weighting), wanted, strict=True):
-        near(ours, exact.to(dtype), dtype)
 
 
 @DTYPES
@@ -148,7 +143,7 @@ def test_a_merged_layer_is_formed_by_the_kernel_where_it_runs(transposed, monkey
     layer.to(DEVICE).split_base_()
     ours = form(layer, 7)
     assert ours.shape == (layer.out_features, layer.in_features)
-    monkeypatch.setattr(relora.merged, "runs_on", lambda tensor: False)
+    monkeypatch.setattr(relora.merged, "run_on", lambda device: False)
     assert float((ours != form(layer, 7)).float().mean()) < 1e-3
 
 
@@ -168,3 +163,34 @@ def test_ligers_loss(dtype, bias):
         head.zero_grad()
     for ours, wanted in zip(*found, strict=True):
         near(ours, wanted, dtype)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_has_the_same_losses_by_fused_and_addmm(tiny, tmp_path, stage, monkeypatch):
+    found, calls = [], []
+    monkeypatch.setattr(relora.kernels.products, "products", lambda *args: calls.append(1) or products(*args))
+    for forward in ("addmm", "fused"):
+        assert not calls
+        words = [f"lora.forward={forward}", f"parallel.zero_stage={stage}", f"run.dir={tmp_path / forward}"]
+        assert train.main([*tiny, *SHORT, *words]) == exits.DONE
+        lines = read_records(tmp_path / forward / "metrics.jsonl")
+        found.append([line["loss"] for line in lines if "grad_norm" in line])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert calls
+
+
+def test_flops_are_those_of_addmm():
+    counts = []
+    for path in (ForwardPath.addmm, ForwardPath.fused):
+        for rank in (3, 20):  # in one pass, and in two
+            layer = LowRankLinear(torch.nn.Parameter(draw(7, 5)), None, adapter_rank=rank, scaling=0.5)
+            layer.path = path
+            x = draw(9, 5).requires_grad_()
+            counts.append(count_step_flops(lambda x=x, layer=layer: layer(x).sum().backward()))
+    assert counts[:2] == counts[2:]
+
+
+def test_a_measurement_times_fused():
+    layer = LowRankLinear(torch.nn.Parameter(draw(24, 16)), None, adapter_rank=2, scaling=0.5)
+    paths, shape = [ForwardPath.addmm, ForwardPath.fused], shape_of(layer, tokens=8, microbatches=1)
+    assert measure(shape, paths, torch.device(DEVICE))[ForwardPath.fused] > 0

@@ -49,7 +49,8 @@ def test_the_loop_and_most_functions_are_short_and_files_hold_one_idea():
         assert len(text.splitlines()) <= 500, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+                most = 120 if any("jit" in ast.unparse(one) for one in node.decorator_list) else 60  # a kernel
+                assert node.end_lineno - node.lineno < most, f"{path}: {node.name}"
 
 
 def test_no_module_hides_another_library_or_is_a_drawer_for_everything():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import linear
-from benchmarks.linear_variants import FULL, PATHS, PEFT, Shape, counted, variants
+from benchmarks.linear_variants import AUTO, FULL, PEFT, Shape, counted, paths_on, variants
 from benchmarks.outcome import document
 
 SHAPE = Shape(outputs=48, inputs=40, tokens=64, rank=4, dtype="float32", microbatches=2)
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def found():
     made = variants(SHAPE, CPU, compiled=False)
-    return {name: counted(update, SHAPE, peak=1e12, bandwidth=1e10) for name, update in made.items()}
+    return {name: counted(update, SHAPE, peak=1e12, bandwidth=1e10) for name, update in made.updates.items()}
 
 
 def test_flops_are_those_of_the_algebra(found):
@@ -48,10 +48,12 @@ SHAPE_FIELDS = {"outputs": 8, "inputs": 4, "tokens": 2, "rank": 1, "dtype": "flo
 
 def test_rows_have_all_variants_and_the_table_says_what_was_not_seen():
     rows = linear.compare(SHAPE, CPU, repetitions=2, compiled=False)
-    assert [row["variant"] for row in rows] == [FULL, *PATHS, PEFT]
+    paths = [path.value for path in paths_on(CPU)]
+    assert [row["variant"] for row in rows] == [FULL, *paths, AUTO, PEFT]
+    assert [row["takes"] in paths for row in rows] == [row["variant"] == AUTO for row in rows]
     assert rows[0]["to_full"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     rows.append({**rows[-1], "variant": linear.COMPILED, "flops": None, "bytes": None, "peak_bytes": None})
     text = linear.tables(document("linear", CPU, settings={}, rows=rows))
     assert "48 x 40, 64 tokens x 2, rank 4, float32" in text
-    (line,) = (line for line in text.splitlines() if linear.COMPILED in line)
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {linear.COMPILED}"))
     assert line.count("not seen") == 3

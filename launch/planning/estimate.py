@@ -17,12 +17,12 @@ from parallel.pretence import sent_by_tensor_axis
 from parallel.traffic import factor_bytes, sent, step_traffic
 from parallel.zero import Offload, ParallelConfig, deepspeed_config
 from relora.convert import ConversionRow
+from relora.linear import BLOCK_ENTRIES
 from relora.lte import LteConfig
 from relora.optimizer import Reset
 from relora.precision import MergePrecision
 
-_BLOCK_ENTRIES = 1 << 22  # a merge works on blocks of about this size (relora/linear.py)
-_BLOCK_BYTES = {MergePrecision.split: 24, MergePrecision.nearest: 16, MergePrecision.stochastic: 40}  # per entry
+_BLOCK_BYTES = {MergePrecision.split: 24, MergePrecision.nearest: 16, MergePrecision.stochastic: 16}  # per entry
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -212,13 +212,13 @@ def merge_flops(held: Sequence[Held], parts: int) -> int:
 
 
 def merge_bytes(held: Sequence[Held], precision: MergePrecision, dtype: Dtype) -> int:
-    """Temporaries of the largest merge: those of a block of the base weight, and its factors in fp32 and fp64."""
+    """Temporaries of the largest merge: those of a block of the base weight, its factors in fp32, and one in fp64."""
     factors = max(one.entries for one in held if one.role is Role.factor)
-    return block_bytes(held, precision, dtype) + 2 * factors * (FP32 + 8)
+    return block_bytes(held, precision, dtype) + factors * (2 * FP32 + 8)
 
 
 def block_bytes(held: Sequence[Held], precision: MergePrecision, dtype: Dtype) -> int:
     """Temporaries of a block of the largest base weight that takes up its delta; 0 without base weights."""
     largest = max((one.entries for one in held if one.role is Role.base), default=0)
     per_entry = _BLOCK_BYTES[precision if dtype is Dtype.bf16 else MergePrecision.nearest]
-    return min(largest, _BLOCK_ENTRIES) * per_entry
+    return min(largest, BLOCK_ENTRIES) * per_entry

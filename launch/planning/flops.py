@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
+from relora.kernels.fused import factor_gradients, two_products
+
 _aten = torch.ops.aten
 
 
@@ -107,7 +109,7 @@ def _measured_flops(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-# FlopCounterMode knows no products in place, and the fused attention of GPUs only.
+# FlopCounterMode knows no products in place, no kernels of ours, and the fused attention of GPUs only.
 # Query (B, heads, T, d), key, value (B, group, S, d).
 # The backward pass forms the scores anew, so it has five products where the forward pass has two.
 
@@ -128,11 +130,21 @@ def _added_product(total: Any, left: Any, right: Any, *args: Any, out_shape: Any
     return int(2 * math.prod(left) * right[-1])
 
 
+def _two_products(a: Any, b: Any, p: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * (math.prod(a) + math.prod(p)) * b[-1])
+
+
+def _factor_gradients(outer: Any, up: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(4 * math.prod(outer) * up[-1])
+
+
 _FURTHER = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten.addmm_: _added_product,
     _aten.baddbmm_: _added_product,
+    two_products: _two_products,
+    factor_gradients: _factor_gradients,
 }
 _BY_OPERATION: dict[Any, Callable[..., Any]] = {
     **flop_registry,

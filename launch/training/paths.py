@@ -20,9 +20,27 @@ from parallel.files import write_atomically
 from parallel.runtime import Runtime
 from relora.choice import LayerShape, measure, shape_of
 from relora.convert import low_rank_modules
+from relora.errors import ConfigError
+from relora.kernels.setting import INTERPRETED, has_triton, run_on
 from relora.paths import ForwardPath
 
 TABLE = "paths.json"
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Rules about the device that a process trains on.
+
+    Raises:
+        ConfigError: kernels were asked for, and cannot run here.
+    """
+    if config.lora is None or config.lora.forward is not ForwardPath.fused or run_on(device):
+        return
+    missing = f"this process trains on the {device.type.upper()}" if has_triton() else "Triton is not installed"
+    way_out = "" if has_triton() else "pip install 'accrete[triton]', or "
+    raise ConfigError(
+        f"lora.forward=fused needs Triton and a GPU, and {missing}: {way_out}choose lora.forward=addmm, which computes "
+        "the same, or auto, which measures what can run"
+    )
 
 
 def take_paths(model: nn.Module, config: TrainConfig, runtime: Runtime, kept: Mapping[str, str]) -> dict[str, str]:
@@ -36,7 +54,7 @@ def take_paths(model: nn.Module, config: TrainConfig, runtime: Runtime, kept: Ma
     if config.lora is None or config.lora.forward is not ForwardPath.auto:
         return {}
     layers = low_rank_modules(model)
-    allowed = _allowed(config)
+    allowed = _allowed(config, runtime.device)
     mine = {name: kept[name] for name in layers if kept.get(name) in {path.value for path in allowed}}
     if runtime.is_main:
         share = config.microbatch(runtime.batch.size)
@@ -67,10 +85,14 @@ def told(taken: Mapping[str, str]) -> str:
     )
 
 
-def _allowed(config: TrainConfig) -> list[ForwardPath]:
+def _allowed(config: TrainConfig, device: torch.device) -> list[ForwardPath]:
     assert config.lora is not None
-    whole = config.parallel.zero_stage < 3 and config.lora.dropout == 0
-    return [ForwardPath.factored, ForwardPath.addmm, *([ForwardPath.merged] if whole else [])]
+    allowed = [ForwardPath.factored, ForwardPath.addmm]
+    if config.parallel.zero_stage < 3 and config.lora.dropout == 0:
+        allowed.append(ForwardPath.merged)
+    if run_on(device) and not INTERPRETED:  # which is for proofs, not for speed
+        allowed.append(ForwardPath.fused)
+    return allowed
 
 
 def _times(

@@ -1,41 +1,46 @@
-"""The layer by fused kernels: y = x W' + b + s S up' with S = x down', forward and backward.
+"""The kernels of `lora.forward=fused` as operators of torch: graphs hold each as one node, and FLOPs are counted.
 
-Forward: S by a plain product, then one pass for both products of y. Backward: one pass over dY for dS and d_up, one
-for dx = dY W + dS down, and a plain product for d_down = dS' x. For small ranks or few tokens; docs/performance.md.
+What they compute is in products.py and factor_gradients.py; Triton is asked for when they run. On the meta device
+they have shapes, as all operators have. They have no gradients: they are called in passes of relora/paths.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from relora.kernels.factor_gradients import factor_gradients
-from relora.kernels.products import products
-
-
-def fused(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Return the layer's output.
-
-    Shapes: x (..., in), weight (out, in), down (rank, in), up (out, rank)
-    """
-    rows: Tensor = _Fused.apply(x.reshape(-1, x.shape[-1]), weight, down, up, scaling)  # type: ignore[no-untyped-call]
-    y = rows.view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+_LIBRARY = torch.library.Library("accrete", "DEF")
+_LIBRARY.define("two_products(Tensor a, Tensor b, Tensor p, Tensor q, Tensor? bias, float scaling) -> Tensor")
+_LIBRARY.define("factor_gradients(Tensor outer, Tensor up, Tensor small, float scaling) -> (Tensor, Tensor)")
+two_products = torch.ops.accrete.two_products
+"""A B + s P Q + bias."""
+factor_gradients = torch.ops.accrete.factor_gradients
+"""dY up and s dY' S."""
 
 
-class _Fused(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        small = x @ down.t()
-        ctx.save_for_backward(x, small, weight, down, up)
-        ctx.scaling = scaling
-        return products(x, weight.t(), small, up.t(), scaling)
+def _two_products(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    from relora.kernels.products import products
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, small, weight, down, up = ctx.saved_tensors
-        inner, up_gradient = factor_gradients(gradient, up, small, ctx.scaling)
-        x_gradient = products(gradient, weight, inner, down, 1.0) if ctx.needs_input_grad[0] else None
-        return x_gradient, None, inner.t() @ x, up_gradient, None
+    return products(a, b, p, q, bias, scaling)
+
+
+def _factor_gradients(outer: Tensor, up: Tensor, small: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    from relora.kernels.factor_gradients import factor_gradients
+
+    return factor_gradients(outer, up, small, scaling)
+
+
+def _shape_of_products(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[1])
+
+
+def _shapes_of_gradients(outer: Tensor, up: Tensor, small: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return outer.new_empty(small.shape), torch.empty_like(up, memory_format=torch.contiguous_format)
+
+
+for name, plain, shapes in (
+    ("two_products", _two_products, _shape_of_products),
+    ("factor_gradients", _factor_gradients, _shapes_of_gradients),
+):
+    _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, shapes, "Meta")

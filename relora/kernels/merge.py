@@ -79,8 +79,9 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         upper = (word + 0x8000) >> 16
         tl.store(result_bits + place, (word - (upper << 16)).to(tl.int16), inside)
     elif PRECISION == "stochastic":
-        state = place.to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64)
-        upper = (word + (_mixed(state) >> 48).to(tl.int32)) >> 16
+        state = (place >> 2).to(tl.uint64) * 0x9E3779B97F4A7C15 + key.to(tl.uint64)
+        noise = (_mixed(state) >> ((place & 3) * 16).to(tl.uint64)) & 0xFFFF  # four places share a word
+        upper = (word + noise.to(tl.int32)) >> 16
     else:  # nearest, ties to even
         upper = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
     tl.store(result + place, upper.to(tl.int16).to(tl.bfloat16, bitcast=True), inside)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import launch.training.paths
+import relora.kernels.setting
 from launch import exits, train
 from launch.config import load
 from launch.head_rules import check_hosted
+from launch.training.paths import _allowed, check_device
 from launch.watching.records import read_records
 from parallel.checkpoint import open_checkpoint
 from relora.choice import LayerShape, measure
@@ -60,6 +62,30 @@ def test_heads_that_share_a_process_have_no_weight_to_merge_into(forward):
     config = load(["lte=heads", "lte.heads=2", f"lora.forward={forward}", "evaluation.every=0", "checkpoint.every=0"])
     with pytest.raises(ConfigError, match=f"lora.forward={forward} needs heads with processes of their own"):
         check_hosted(config, 2)
+
+
+@pytest.mark.parametrize(("triton", "device", "message"), [
+    (True, "cpu", "this process trains on the CPU: choose lora.forward=addmm"),
+    (False, "cuda", "Triton is not installed: pip install 'accrete.triton.', or choose lora.forward=addmm"),
+])  # fmt: skip
+def test_fused_is_refused_where_kernels_cannot_run(monkeypatch, triton, device, message):
+    monkeypatch.setattr(relora.kernels.setting, "has_triton", lambda: triton)
+    monkeypatch.setattr(launch.training.paths, "has_triton", lambda: triton)
+    with pytest.raises(ConfigError, match=f"lora.forward=fused needs Triton and a GPU, and {message}"):
+        check_device(load(["lora.forward=fused"]), torch.device(device))
+
+
+def test_a_run_by_fused_on_the_cpu_ends_before_a_folder_is_there(tiny, tmp_path, capsys):
+    assert train.main([*tiny, "lora.forward=fused"]) == exits.REFUSED
+    assert not (tmp_path / "run").exists()
+    assert "lora.forward=fused needs Triton and a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_measures_fused_where_kernels_run(monkeypatch, device):
+    monkeypatch.setattr(relora.kernels.setting, "has_triton", lambda: True)
+    allowed = _allowed(load(["lora.forward=auto"]), torch.device(device))
+    assert (ForwardPath.fused in allowed) == (device == "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

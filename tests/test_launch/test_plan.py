@@ -213,6 +213,15 @@ def test_a_microbatch_without_memory_takes_what_a_real_one_takes(base, dtype, ch
     assert (plan.forming_flops > 0) == ("lora.forward=merged" in base)
 
 
+def test_fused_kernels_are_planned_as_the_products_that_they_stand_for():
+    found = []
+    for forward in ("addmm", "fused"):
+        config, hf_config = configured([*LOW_RANK, f"lora.forward={forward}"])
+        skeleton = Skeletons(config, hf_config).get(low_rank=True, tensor=1, sequences=SEQUENCES, checkpointing=False)
+        found.append(skeleton.microbatch)
+    assert found[1] == found[0]
+
+
 def test_checkpointing_keeps_less_and_computes_more():
     config, hf_config = configured(LOW_RANK)
     skeletons = Skeletons(config, hf_config)
@@ -265,7 +274,7 @@ def test_a_merge_takes_the_planned_bytes_beside_the_weights(precision, adapter_r
         layer.weight.data = layer.weight.data.bfloat16()
     kept = [layer.weight, layer.weight.data, layer.down, layer.up, *layer.buffers()]
     with torch.no_grad(), Ledger(kept) as ledger:
-        layer.merge_(precision, layer.down.detach(), layer.up.detach(), key=1)
+        layer.merge_(precision, layer.down.clone(), layer.up.clone(), key=1)
     held = [
         Held(name="weight", entries=layer.weight.numel(), role=Role.base, group=None, adapter_rank=adapter_rank),
         Held(name="down", entries=layer.down.numel(), role=Role.factor, group="down"),

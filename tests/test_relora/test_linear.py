@@ -50,7 +50,8 @@ KINDS = pytest.mark.parametrize("kind", ["linear", "no_bias", "conv1d"])
 @KINDS
 def test_wrapping_leaves_the_function_unchanged(kind: str) -> None:
     x = torch.randn(2, 4, IN)
-    assert torch.equal(_wrapped(kind, trained=False)(x), _plain(kind)(x))
+    # Not bit for bit: Conv1D adds its bias within the product.
+    torch.testing.assert_close(_wrapped(kind, trained=False)(x), _plain(kind)(x), rtol=1e-6, atol=1e-6)
 
 
 @KINDS
@@ -147,7 +148,7 @@ def test_delta_norm_is_the_norm_of_the_delta() -> None:
 def test_merge_equals_a_loop_in_float64(
     kind: str, block_entries: int, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(relora.linear, "BLOCK_ENTRIES", block_entries)
     layer = _wrapped(kind)
     precision = MergePrecision.split if store == "float32" else MergePrecision[store]
     if store == "split":
@@ -173,7 +174,7 @@ def test_merge_equals_a_loop_in_float64(
 def test_merging_in_parts_equals_merging_at_once(
     kind: str, block_entries: int, precision: MergePrecision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relora.linear, "_BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(relora.linear, "BLOCK_ENTRIES", block_entries)
     layer, key = _wrapped(kind), key_of(0, "merge")
     if precision == MergePrecision.split:
         layer.split_base_()

@@ -1,6 +1,10 @@
-"""Every path of a low-rank layer against the dense layer that it stands for: values and all gradients."""
+"""Every path of a low-rank layer against the dense layer that it stands for: values and all gradients.
+
+`fused` needs a place where kernels run: test_kernels.py starts its tests in Triton's interpreter, and on a GPU.
+"""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -17,10 +21,23 @@ from relora.merged import form, formed_weights
 from relora.paths import ForwardPath, through_weight
 from relora.precision import MergePrecision
 
-PATHS = [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged]
+DEVICE = os.environ.get("KERNEL_DEVICE", "cpu")
+FUSED = [ForwardPath.fused] if "KERNEL_DEVICE" in os.environ else []
+PATHS = [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged, *FUSED]
 SHAPES = [(1, 1, 1, 1), (7, 5, 3, 6), (33, 17, 2, 9), (8, 24, 8, 3)]  # in, out, rank, tokens; the last: rank x many
 KINDS = ["linear", "no_bias", "conv1d"]
 SCALING = 0.75
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    with torch.device(DEVICE):
+        yield
+
+
+def exact(path):
+    """The most exact dtype of a path, and the error that it may leave."""
+    return (torch.float32, 2e-6) if path == ForwardPath.fused else (torch.float64, 1e-13)
 
 
 def make(kind, shape, path, dtype=torch.float64, dropout=0.0):
@@ -69,7 +86,7 @@ def check(ours, wanted, tolerance):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_the_dense_layers(path, kind, shape):
     inputs, outputs, _, tokens = shape
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+    for dtype, tolerance in {exact(path), (torch.float32, 2e-6)}:
         layer = make(kind, shape, path, dtype)
         x = torch.randn(2, tokens, inputs, dtype=dtype)
         weighting = torch.randn(2, tokens, outputs, dtype=torch.float64)
@@ -94,8 +111,9 @@ def test_in_bfloat16_they_are_as_near_as_its_digits(path, kind):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("frozen", ["down", "up", "bias", "x"])
 def test_what_is_frozen_gets_no_gradient_and_the_others_get_theirs(path, frozen):
-    layer = make("linear", SHAPES[1], path)
-    x = torch.randn(6, 7, dtype=torch.float64)
+    dtype, tolerance = exact(path)
+    layer = make("linear", SHAPES[1], path, dtype)
+    x = torch.randn(6, 7, dtype=dtype)
     weighting = torch.randn(6, 5, dtype=torch.float64)
     wanted = dense(layer, x, weighting)
     if frozen == "x":
@@ -107,38 +125,36 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_get_theirs(path, frozen)
         getattr(layer, frozen).requires_grad_(False)
         ours = passes(layer, x, weighting)
         del wanted[frozen]
-    check(ours, wanted, 1e-13)
+    check(ours, wanted, tolerance)
 
 
 @pytest.mark.parametrize("kept", ["both", "up"])
-@pytest.mark.parametrize("path", [ForwardPath.addmm, ForwardPath.merged])
+@pytest.mark.parametrize("path", PATHS[1:])
 def test_what_the_last_sync_merged_is_taken_off(path, kept):
-    found = []
+    found, (dtype, tolerance) = [], exact(path)
     for one in (ForwardPath.factored, path):
-        layer = make("linear", SHAPES[1], one)
+        layer = make("linear", SHAPES[1], one, dtype)
         layer.down.requires_grad_(kept == "both")
         layer.keep_synced_()
-        layer.synced_up.normal_(generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(3)
+        layer.synced_up.normal_()
         if kept == "both":
-            layer.synced_down.normal_(generator=torch.Generator().manual_seed(2))
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(6, 7, dtype=torch.float64, generator=generator)
-        found.append(passes(layer, x, torch.randn(6, 5, dtype=torch.float64, generator=generator)))
-    check(found[1], found[0], 1e-13)
+            layer.synced_down.normal_()
+        found.append(passes(layer, torch.randn(6, 7, dtype=dtype), torch.randn(6, 5, dtype=torch.float64)))
+    check(found[1], found[0], tolerance)
 
 
-def test_addmm_drops_what_the_factored_path_drops():
-    found = []
-    for path in (ForwardPath.factored, ForwardPath.addmm):
-        layer = make("linear", SHAPES[2], path, dropout=0.4)
-        generator = torch.Generator().manual_seed(3)
-        x = torch.randn(9, 33, dtype=torch.float64, generator=generator)
-        weighting = torch.randn(9, 17, dtype=torch.float64, generator=generator)
-        torch.manual_seed(5)
+@pytest.mark.parametrize("path", [ForwardPath.addmm, *FUSED])
+def test_it_drops_what_the_factored_path_drops(path):
+    found, (dtype, tolerance) = [], exact(path)
+    for one in (ForwardPath.factored, path):
+        layer = make("linear", SHAPES[2], one, dtype, dropout=0.4)
+        torch.manual_seed(3)
+        x, weighting = torch.randn(9, 33, dtype=dtype), torch.randn(9, 17, dtype=torch.float64)
         found.append(passes(layer, x, weighting))
         layer.eval()
-        check(passes(layer, x, weighting), dense(layer, x, weighting), 1e-13)
-    check(found[1], found[0], 1e-13)
+        check(passes(layer, x, weighting), dense(layer, x, weighting), tolerance)
+    check(found[1], found[0], tolerance)
 
 
 def test_merged_refuses_dropout():
@@ -148,7 +164,12 @@ def test_merged_refuses_dropout():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_activation_checkpointing_recomputes_the_same(path):
-    layer, x, weighting = make("linear", SHAPES[2], path), torch.randn(9, 33).double(), torch.randn(9, 17).double()
+    dtype, _ = exact(path)
+    layer, x, weighting = (
+        make("linear", SHAPES[2], path, dtype),
+        torch.randn(9, 33).to(dtype),
+        torch.randn(9, 17).double(),
+    )
     wanted = passes(layer, x, weighting)
     plain, layer.forward = layer.forward, lambda x: checkpoint(plain, x, use_reentrant=False)
     ours = passes(layer, x, weighting)
@@ -160,7 +181,7 @@ def test_activation_checkpointing_recomputes_the_same(path):
 def test_autocast_computes_in_bfloat16_with_gradients_in_float32(path, kind):
     layer, x = make(kind, (96, 80, 8, 24), path, torch.float32), torch.randn(24, 96)
     weighting = torch.randn(24, 80, dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         ours = passes(layer, x, weighting)
     assert ours.pop("y").dtype == torch.bfloat16
     assert {one.dtype for one in ours.values()} == {torch.float32}
@@ -175,7 +196,7 @@ def test_compiling_breaks_no_graph(path, autocast):
     torch._dynamo.reset()
     layer = make("linear", SHAPES[2], path, torch.float32)
     x, weighting = torch.randn(9, 33), torch.randn(9, 17).double()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
         wanted = passes(layer, x, weighting)
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
         check(
@@ -192,8 +213,9 @@ def saved_by(action):
     return kept
 
 
-def test_addmm_keeps_the_input_and_the_small_activation_only():
-    layer, x = make("linear", SHAPES[2], ForwardPath.addmm, torch.float32), torch.randn(9, 33, requires_grad=True)
+@pytest.mark.parametrize("path", [ForwardPath.addmm, *FUSED])
+def test_it_keeps_the_input_and_the_small_activation_only(path):
+    layer, x = make("linear", SHAPES[2], path, torch.float32), torch.randn(9, 33, requires_grad=True)
     for trains, sizes in ((True, [9 * 33, 9 * 2]), (False, [9 * 2])):
         layer.down.requires_grad_(trains)
         kept = saved_by(lambda: layer(x))
@@ -201,13 +223,14 @@ def test_addmm_keeps_the_input_and_the_small_activation_only():
         assert [one.numel() for one in kept if one.data_ptr() not in weights] == sizes
 
 
-@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm])
+@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm, *FUSED])
 @pytest.mark.parametrize("dense_bias", [False, True])
 def test_a_layer_of_several_heads_is_its_heads_side_by_side(path, dense_bias):
     class Model(nn.Sequential):
         pass
 
-    model = Model(nn.Linear(7, 5)).double()
+    dtype, tolerance = exact(path)
+    model = Model(nn.Linear(7, 5)).to(dtype)
     model[0].bias.requires_grad_(dense_bias)
     layers = []
     to_low_rank(model, LoraConfig(rank=3, alpha=6.0, dense=["biases"] if dense_bias else []), seed=1)
@@ -216,19 +239,19 @@ def test_a_layer_of_several_heads_is_its_heads_side_by_side(path, dense_bias):
     assert isinstance(layer, HostedLinear)
     nn.init.normal_(layer.up)
     layer.path = path
-    x, weighting = torch.randn(8, 7).double(), torch.randn(8, 5).double()
+    x, weighting = torch.randn(8, 7).to(dtype), torch.randn(8, 5).double()
     ours = passes(layer, x, weighting)
     for head in range(2):
-        single = make("linear", SHAPES[1], path)
+        single = make("linear", SHAPES[1], path, dtype)
         single.scaling = layer.scaling
         for name, part in (("weight", layer.weight.data), ("down", layer.down.data[head]), ("up", layer.up.data[head])):
             getattr(single, name).data = part
         single.bias.data = layer.bias.data[head] if dense_bias else layer.bias.data
         layers.append(dense(single, x[4 * head : 4 * head + 4], weighting[4 * head : 4 * head + 4]))
     for name in ("y", "x"):
-        check({name: ours[name]}, {name: torch.cat([one[name] for one in layers])}, 1e-13)
+        check({name: ours[name]}, {name: torch.cat([one[name] for one in layers])}, tolerance)
     for name in ("down", "up", "bias")[: 2 + dense_bias]:
-        check({name: ours[name]}, {name: torch.stack([one[name] for one in layers])}, 1e-13)
+        check({name: ours[name]}, {name: torch.stack([one[name] for one in layers])}, tolerance)
 
 
 def test_small_steps_of_a_cycle_are_not_lost_in_bfloat16():

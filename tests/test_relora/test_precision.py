@@ -69,14 +69,16 @@ def test_stochastic_rounding_repeats_with_its_key_and_differs_with_another() -> 
 def test_a_part_rounds_as_it_does_within_the_whole() -> None:
     value = torch.randn(1000)
     whole = stochastic_round(value, key_of(2))
-    assert torch.equal(whole[300:450], stochastic_round(value[300:450], key_of(2), start=300))
+    for start, stop in ((300, 450), (301, 303), (302, 453), (303, 304)):
+        assert torch.equal(whole[start:stop], stochastic_round(value[start:stop], key_of(2), start=start))
 
 
 def test_the_chances_of_places_are_uniform_and_independent() -> None:
     noise = _noise(key_of(3), 0, 1 << 16, torch.device("cpu")).double() / (1 << 16)
     assert abs(float(noise.mean()) - 0.5) < 0.005
     assert abs(float(noise.var()) - 1 / 12) < 0.002
-    assert abs(float(torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1])) < 0.02
+    for apart in (1, 2, 3, 4):
+        assert abs(float(torch.corrcoef(torch.stack([noise[:-apart], noise[apart:]]))[0, 1])) < 0.02
     other = _noise(key_of(4), 0, 1 << 16, torch.device("cpu")).double()
     assert abs(float(torch.corrcoef(torch.stack([noise, other]))[0, 1])) < 0.02
 
