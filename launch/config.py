@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from continual.config import ContinualConfig
 from continual.data import DataConfig
 from continual.methods.registry import METHODS
+from launch.base_rules import check_base
 from launch.head_rules import check_hosted, check_lte
 from launch.models.model import ModelConfig
 from launch.stream_rules import check_stream
@@ -31,6 +32,7 @@ from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
 from relora.paths import ForwardPath
 from relora.precision import MergePrecision
+from relora.quantised import BaseFormat
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig, check_schedule
 
@@ -258,6 +260,11 @@ class TrainConfig:
         return MergePrecision.split if self.folds else MergePrecision.nearest
 
     @property
+    def base(self) -> BaseFormat:
+        """How base weights are stored."""
+        return BaseFormat.full if self.lora is None else self.lora.base
+
+    @property
     def folds(self) -> bool:
         """Whether base weights take up each task's update at its end, that of the last one too."""
         return self.continual is not None and METHODS[self.continual.method].folds
@@ -287,7 +294,7 @@ def check(config: TrainConfig) -> None:
         )
     merging = {"relora": config.relora, "lte": config.lte}
     for name, section in merging.items():
-        if section is None or config.training.dtype is not Dtype.fp32:
+        if section is None or config.training.dtype is not Dtype.fp32 or config.base is not BaseFormat.full:
             continue
         precision = section.merge_precision.value
         if precision != "split":
@@ -300,6 +307,7 @@ def check(config: TrainConfig) -> None:
             "lora.forward=merged would keep every layer whole on each process, which parallel.zero_stage=3 is there to "
             "avoid: choose addmm, or a lower stage"
         )
+    check_base(config)
     if config.lte is not None:
         check_lte(config, config.lte)
     if config.continual is None:

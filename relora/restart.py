@@ -85,6 +85,12 @@ class RestartReport:
     """The same as a share of the entries there were; 0 when there was no state yet."""
     seconds: float
     """Wall time."""
+    base_error: float | None = None
+    """Of quantised base weights: how far codes are from what they should hold, over the weights' norm; else None."""
+    lost_share: float | None = None
+    """Norm of what the merges lost for good over that of the updates: next to 0 when remainders are kept."""
+    base_shift: float | None = None
+    """How far the weights that passes compute with moved besides the updates, over their norm."""
 
 
 class ParameterStore(Protocol):
@@ -224,15 +230,18 @@ def restart(
     """
     assert restart_index >= 1, "draw 0 is the conversion's"
     began = time.perf_counter()
-    sums = torch.zeros(4, dtype=torch.float64)  # delta squared, base squared, entries changed, entries
+    # delta squared, base squared, entries changed, entries; then, of requantised ones, errors squared, lost, shifts
+    sums = torch.zeros(7, dtype=torch.float64)
     removed = state_entries = 0
     layers = low_rank_modules(model)
     for name, layer in layers.items():
         down, up = store.factors(layer)
         base = store.base(layer)
-        base_squared = float(torch.linalg.vector_norm(base.weight, dtype=torch.float64)) ** 2
-        sums[1:] += torch.tensor([base_squared, 0.0, base.weight.numel()], dtype=torch.float64) / base.replicas
-        if not merged:
+        sums[1:4] += torch.tensor([base.squared_norm(), 0.0, base.entries], dtype=torch.float64) / base.replicas
+        if base.quantised is not None:
+            assert not merged, "syncs of LTE know no quantised base weights"
+            sums += _requantised(layer, down, up).cpu() / base.replicas
+        elif not merged:
             key = key_of(seed, "round", name, heads[0], restart_index)
             sums[0] += layer.delta_norm(down, up) ** 2 / base.layer_replicas
             sums[2] += layer.merge_(config.merge_precision, down, up, key, base) / base.replicas
@@ -247,7 +256,11 @@ def restart(
             f"relora.prune_ratio={config.prune_ratio} removed none of the {state_entries} entries of Adam's "
             "state: raise it, or say so with relora.reset=none"
         )
-    delta_squared, base_squared, changes, entries = store.total(sums).tolist()
+    delta_squared, base_squared, changes, entries, *errors = store.total(sums).tolist()
+    quantised = any(layer.quantised is not None for layer in layers.values())
+    norms = (base_squared, delta_squared, base_squared)
+    shares = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
+    base_error, lost_share, base_shift = shares if quantised else (None, None, None)
     return RestartReport(
         restart=restart_index,
         layers=len(layers),
@@ -256,7 +269,17 @@ def restart(
         pruned_count=removed,
         pruned_share=removed / max(1, state_entries),
         seconds=time.perf_counter() - began,
+        base_error=base_error,
+        lost_share=lost_share,
+        base_shift=base_shift,
     )
+
+
+def _requantised(layer: LowRankLinear, down: Tensor, up: Tensor) -> Tensor:
+    """Merge into a quantised base weight; return what it adds to the sums of a restart."""
+    taken = layer.requantise_(down, up)
+    none = torch.zeros_like(taken.changed)
+    return torch.stack([taken.update, none, taken.changed, none, taken.rounding, taken.lost, taken.moved])
 
 
 def _drawn(name: str, shape: Sequence[int], seed: int, heads: Sequence[int], restart_index: int) -> Tensor:

@@ -21,6 +21,7 @@ from parallel.runtime import Runtime
 from relora.choice import LayerShape, measure, shape_of
 from relora.convert import low_rank_modules
 from relora.paths import ForwardPath
+from relora.quantised import BaseFormat
 
 TABLE = "paths.json"
 
@@ -69,7 +70,7 @@ def told(taken: Mapping[str, str]) -> str:
 
 def _allowed(config: TrainConfig) -> list[ForwardPath]:
     assert config.lora is not None
-    whole = config.parallel.zero_stage < 3 and config.lora.dropout == 0
+    whole = config.parallel.zero_stage < 3 and config.lora.dropout == 0 and config.lora.base is BaseFormat.full
     return [ForwardPath.factored, ForwardPath.addmm, *([ForwardPath.merged] if whole else [])]
 
 
