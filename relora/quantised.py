@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 BLOCK = 64
 """Entries that share a scale."""
-_BLOCK_ENTRIES = 1 << 22  # a merge works on rows of about this many entries, so its temporaries stay small
+SLAB_ENTRIES = 1 << 20
+"""A merge works on rows of about this many entries, so that its temporaries stay small."""
 _SLACK = 2.0**-8  # a scale stays while a block's largest entry is so near to the last level, and bfloat16 is nearer
 _PLACES = 32768  # of the remainder, on each side of a level
 _TWICE = {torch.bfloat16: torch.int32, torch.float32: torch.int64, torch.float64: torch.complex128}
@@ -189,7 +190,7 @@ class QuantisedBase(nn.Module):
         return self
 
     def _slabs(self) -> Iterator[slice]:
-        height = max(1, _BLOCK_ENTRIES // max(1, self.columns))
+        height = max(1, SLAB_ENTRIES // max(1, self.columns))
         return (slice(first, min(first + height, self.rows)) for first in range(0, self.rows, height))
 
     def _seen(self, rows: slice) -> Tensor:

@@ -140,7 +140,12 @@ def test_passes_keep_no_copy_of_the_weight(form):
         layer.quantise_base_(form, remainder=True)
         layer.path = path
         kept = []
-        with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor)
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(torch.randn(4, 128, requires_grad=True)).sum()
         own = {one.data_ptr() for one in layer.buffers()}
         assert max(one.nbytes for one in kept if one.data_ptr() not in own) < 192 * 128
