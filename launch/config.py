@@ -30,6 +30,7 @@ from relora.errors import ConfigError
 from relora.lte import LteConfig
 from relora.optimizer import OptimizerConfig
 from relora.precision import MergePrecision
+from relora.quantised import BaseFormat
 from relora.restart import ReloraConfig
 from relora.schedule import Restarts, ScheduleConfig
 
@@ -257,6 +258,11 @@ class TrainConfig:
         if merging is not None:
             return merging.merge_precision
         return MergePrecision.split if self.folds else MergePrecision.nearest
+
+    @property
+    def base(self) -> BaseFormat:
+        """How base weights are stored."""
+        return BaseFormat.full if self.lora is None else self.lora.base
 
     @property
     def folds(self) -> bool:

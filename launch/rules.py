@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launch.base_rules import check_base
 from launch.head_rules import check_hosted, check_lte
 from launch.stream_rules import check_stream
 from launch.training.recomputation import Checkpointing
@@ -11,6 +12,7 @@ from launch.watching.trackers.config import Artifacts, HeadRuns, TrackerConfig
 from parallel.mesh import Mesh
 from relora.errors import ConfigError
 from relora.paths import ForwardPath
+from relora.quantised import BaseFormat
 from relora.schedule import check_schedule
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def check(config: TrainConfig) -> None:
         )
     merging = {"relora": config.relora, "lte": config.lte}
     for name, section in merging.items():
-        if section is None or config.training.dtype.value != "fp32":
+        if section is None or config.training.dtype.value != "fp32" or config.base is not BaseFormat.full:
             continue
         precision = section.merge_precision.value
         if precision != "split":
@@ -54,6 +56,7 @@ def check(config: TrainConfig) -> None:
             "training.activation_checkpointing=selective cannot be with parallel.tensor above 1, which sums "
             "products in place: choose full or none"
         )
+    check_base(config)
     if config.lte is not None:
         check_lte(config, config.lte)
     if config.tracker is not None:

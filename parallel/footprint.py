@@ -45,6 +45,10 @@ class Held:
     """Of the factors over it; 0 where there are none."""
     whole: bool = True
     """Whether tensor parallelism left it whole on every process."""
+    quantised: int | None = None
+    """Bytes of its codes and scales, when they stand in its place."""
+    remainder: int = 0
+    """Bytes beside them in host memory, whatever is offloaded."""
     pinned: bool = False
     """Whether layers compute with a view of it, which keeps what stage 3 gathered until the backward pass."""
 
@@ -274,9 +278,11 @@ class Gathering:
 
 def _keep_weights(result: Footprint, held: Sequence[Held], width: int, padding: int = 0) -> None:
     for one in held:
-        result.keep(_WEIGHTS[one.role], one.entries * width)
+        result.keep(_WEIGHTS[one.role], one.entries * width if one.quantised is None else one.quantised)
         if one.extra_bits:
             result.keep(Kind.extra_bits, one.entries * EXTRA_BITS)
+        if one.remainder:
+            result.keep(Kind.extra_bits, one.remainder, on_host=True)
     if padding:
         result.keep(Kind.buffers, padding * width)
 

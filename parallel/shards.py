@@ -92,6 +92,8 @@ class Shards:
     def base(self, layer: LowRankLinear) -> BasePart:
         """This process's part of a layer's base weight."""
         data, tensor = self._runtime.data.size, self._runtime.tensor.size
+        if layer.quantised is not None:
+            return replace(layer.whole_base(), replicas=data, layer_replicas=data)
         copies = 1 if self._names[layer.weight] in self._cut else tensor
         if not is_partitioned(layer.weight):
             return replace(layer.whole_base(), replicas=data * copies, layer_replicas=data * copies)
@@ -214,6 +216,9 @@ class Shards:
     def whole_weight(self, layer: LowRankLinear) -> Tensor:
         """A layer's exact weight in fp32 with its delta, gathered, in the plain model's shape."""
         down, up = self.factors(layer)
+        if layer.quantised is not None:
+            delta = layer.delta(down, up)
+            return layer.quantised.exact() + (delta.t() if layer.transposed else delta)
         part = self.base(layer)
         exact = part.weight.to(torch.float32, copy=True)
         if part.extra_bits is not None:

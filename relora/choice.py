@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
 from relora.paths import ForwardPath
+from relora.quantised import BaseFormat
 
 _SECONDS = 0.3  # of measurement for each path
 _LEAST, _MOST = 3, 50  # repetitions
@@ -37,6 +38,7 @@ class LayerShape:
     trains_down: bool
     transposed: bool
     extra_bits: bool
+    base: BaseFormat = BaseFormat.full
 
     @property
     def key(self) -> str:
@@ -44,6 +46,7 @@ class LayerShape:
         words = [f"{self.outputs}x{self.inputs} rank {self.rank} tokens {self.tokens}x{self.microbatches} {self.dtype}"]
         words += ["transposed"] if self.transposed else []
         words += ["split"] if self.extra_bits else []
+        words += [self.base.value] if self.base != BaseFormat.full else []
         words += [] if self.trains_down else ["down frozen"]
         return " ".join(words)
 
@@ -56,10 +59,11 @@ def shape_of(layer: LowRankLinear, *, tokens: int, microbatches: int) -> LayerSh
         rank=layer.adapter_rank,
         tokens=tokens,
         microbatches=microbatches,
-        dtype=str(layer.weight.dtype).removeprefix("torch."),
+        dtype=str(layer.up.dtype).removeprefix("torch."),
         trains_down=layer.down.requires_grad,
         transposed=layer.transposed,
         extra_bits=layer.extra_bits is not None,
+        base=BaseFormat.full if layer.quantised is None else layer.quantised.form,
     )
 
 
@@ -70,8 +74,8 @@ def measure(shape: LayerShape, paths: Sequence[ForwardPath], device: torch.devic
     """
     with torch.random.fork_rng():
         layer = _stand_in(shape, device)
-        x = torch.randn(shape.tokens, shape.inputs, device=device, dtype=layer.weight.dtype, requires_grad=True)
-        gradient = torch.randn(shape.tokens, shape.outputs, device=device, dtype=layer.weight.dtype)
+        x = torch.randn(shape.tokens, shape.inputs, device=device, dtype=layer.up.dtype, requires_grad=True)
+        gradient = torch.randn(shape.tokens, shape.outputs, device=device, dtype=layer.up.dtype)
     best = dict.fromkeys(paths, float("inf"))
     spent, turn = 0.0, 0
     while turn < _LEAST or (spent < _SECONDS * len(paths) and turn < _MOST):
@@ -100,6 +104,8 @@ def _stand_in(shape: LayerShape, device: torch.device) -> LowRankLinear:
     nn.init.normal_(layer.up)
     if shape.extra_bits:
         layer.split_base_()
+    elif shape.base != BaseFormat.full:
+        layer.quantise_base_(shape.base, remainder=False)
     for parameter in layer.parameters():
         parameter.data = parameter.data.to(getattr(torch, shape.dtype))
     layer.down.requires_grad_(shape.trains_down)

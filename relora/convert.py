@@ -21,6 +21,7 @@ from relora.kinds import ParameterKind, parameter_kinds
 from relora.linear import LowRankLinear
 from relora.paths import ForwardPath
 from relora.precision import MergePrecision
+from relora.quantised import BaseFormat
 from relora.targets import ALL_LINEAR, check_ranks, check_targets, compiled, find_targets, named_by
 
 
@@ -56,6 +57,8 @@ class LoraConfig:
     """Kinds of parameters that train at full rank; the others are frozen."""
     forward: ForwardPath = ForwardPath.addmm
     """Compute path of the low-rank layers: factored, addmm, merged, fused (Triton kernels), or auto, which measures."""
+    base: BaseFormat = BaseFormat.full
+    """Store of the frozen weights under the factors: full, int8 or nf4 (docs/quantised.md)."""
     init_from: str | None = None
     """Folder of a PEFT adapter to start from."""
 
@@ -71,6 +74,11 @@ class LoraConfig:
             raise ConfigError(
                 f"lora.dropout={self.dropout} cannot be with lora.forward=merged, whose one product has no input of "
                 "the factors to drop from: choose addmm, or lora.dropout=0"
+            )
+        if self.base != BaseFormat.full and self.forward == ForwardPath.merged:
+            raise ConfigError(
+                f"lora.base={BaseFormat(self.base).value} cannot be with lora.forward=merged, which forms every weight "
+                "in the precision that is trained, and keeps it for the update: choose addmm"
             )
         for pattern, rank in (self.rank_pattern or {}).items():
             compiled("lora.rank_pattern", pattern)
@@ -184,8 +192,10 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 @torch.no_grad()
-def prepare_base_(model: nn.Module, dtype: torch.dtype, precision: MergePrecision | None) -> None:
-    """Cast the parameters to the training dtype; `split` keeps what bfloat16 drops of the base weights.
+def prepare_base_(
+    model: nn.Module, dtype: torch.dtype, precision: MergePrecision | None, base: BaseFormat = BaseFormat.full
+) -> None:
+    """Cast the parameters to the training dtype; `split` keeps what bfloat16, or codes, drop of the base weights.
 
     Buffers keep their dtype: rotary frequencies rounded to bfloat16 turn far positions by whole radians.
     Raises: ConfigError for a dtype other than float32 and bfloat16.
@@ -193,6 +203,9 @@ def prepare_base_(model: nn.Module, dtype: torch.dtype, precision: MergePrecisio
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"training.dtype must be float32 or bfloat16, got {dtype}")
     for layer in low_rank_modules(model).values():
+        if base != BaseFormat.full:
+            layer.quantise_base_(base, remainder=precision == MergePrecision.split)
+            continue
         assert layer.extra_bits is None or dtype == torch.bfloat16, "the extra bits belong to bfloat16"
         if precision == MergePrecision.split and (layer.weight.dtype, dtype) == (
             torch.float32,
@@ -217,10 +230,13 @@ def merged_state_dict(
     first_name = {id(parameter): name for name, parameter in model.named_parameters()}
     done: dict[int, Tensor] = {}
     merged: dict[str, Tensor] = {}
-    for key, live in model.state_dict(keep_vars=True).items():
+    for stored, live in model.state_dict(keep_vars=True).items():
+        key = stored.replace(".quantised.codes", ".weight")
         owner, _, leaf = key.rpartition(".")
         layer = layers.get(owner)
         if layer is not None and leaf in ("down", "up", "extra_bits", "synced_down", "synced_up"):
+            continue
+        if owner.endswith(".quantised"):
             continue
         if id(live) not in done:
             if layer is not None and leaf == "weight":
@@ -229,7 +245,8 @@ def merged_state_dict(
                 value = value.t().contiguous() if layer.transposed else value
             else:
                 value = masters.get(first_name.get(id(live), key), live.detach())
-            target = (dtype or live.dtype) if live.is_floating_point() else live.dtype
+            own = live.dtype if layer is None or layer.quantised is None else layer.up.dtype
+            target = (dtype or own) if own.is_floating_point else own
             done[id(live)] = value.to(device="cpu", dtype=target)
         merged[key] = done[id(live)]
     return merged

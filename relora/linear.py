@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora.initialize import draw_down
-from relora.paths import ForwardPath, addmm, factored, merged
+from relora.paths import ForwardPath, addmm, base_only, factored, merged
 from relora.precision import MergePrecision, add_, join, split
+from relora.quantised import BaseFormat, QuantisedBase, Taken
 
 BLOCK_ENTRIES = 1 << 19
 """What works on whole base weights does so by blocks of rows of about this size, so that its temporaries stay small."""
@@ -29,7 +30,9 @@ class BasePart:
     """A flat range of a layer's base weight, in memory order: all of it, or what one process holds."""
 
     weight: Tensor
-    """Shapes: (count,)"""
+    """Its codes, if it is quantised; such a part is all of it, and `LowRankLinear.requantise_` edits it.
+
+    Shapes: (count,)"""
     extra_bits: Tensor | None
     """The same range of the extra bits, where there are any."""
     start: int = 0
@@ -38,15 +41,30 @@ class BasePart:
     """Processes that hold this very part."""
     layer_replicas: int = 1
     """Processes that hold these very factors."""
+    quantised: QuantisedBase | None = None
+    """What the codes belong to."""
+
+    @property
+    def entries(self) -> int:
+        """Entries of the weight."""
+        return self.weight.numel() if self.quantised is None else self.quantised.entries
+
+    def squared_norm(self) -> float:
+        """Return the square of the norm."""
+        if self.quantised is not None:
+            return float(self.quantised.squared_norm())
+        return squared(self.weight)
 
 
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus a trainable product of two factors."""
 
     weight: nn.Parameter
+    """W; gone when it is quantised."""
     down: nn.Parameter
     up: nn.Parameter
     extra_bits: Tensor | None
+    quantised: QuantisedBase | None
     synced_down: Tensor | None
     synced_up: Tensor | None
     hosted: int = 1
@@ -82,6 +100,7 @@ class LowRankLinear(nn.Module):
         self.down = nn.Parameter(down.to(weight))
         self.up = nn.Parameter(weight.new_zeros(self.out_features, adapter_rank))
         self.register_buffer("extra_bits", None)
+        self.register_module("quantised", None)
         self.register_buffer("synced_down", None)
         self.register_buffer("synced_up", None)
 
@@ -126,7 +145,7 @@ class LowRankLinear(nn.Module):
         if self.path != ForwardPath.factored:
             return addmm(
                 x,
-                self.weight,
+                self.weight if self.quantised is None else self.quantised.stored,
                 bias,
                 down,
                 up,
@@ -138,7 +157,11 @@ class LowRankLinear(nn.Module):
         return self._factored(x, x if dropped is None else dropped, down, up, bias)
 
     def _factored(self, x: Tensor, dropped: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self.matrix, bias) + factored(dropped, down, up, self.scaling)
+        if self.quantised is not None:
+            base = base_only(x, self.quantised.stored, bias, transposed=self.transposed)
+        else:
+            base = F.linear(x, self.matrix, bias)
+        return base + factored(dropped, down, up, self.scaling)
 
     def change(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of what the layer adds to its base weight, from the values of `down` and `up`.
@@ -189,9 +212,14 @@ class LowRankLinear(nn.Module):
     def base(self) -> Tensor:
         """Return the base weight in float32, with its extra bits where it has them.
 
+        A quantised one is what passes compute with: its remainder is left out.
+
         Shapes: (out, in)
         """
-        exact = self.weight.float() if self.extra_bits is None else join(self.weight, self.extra_bits)
+        if self.quantised is not None:
+            exact = self.quantised.weight()
+        else:
+            exact = self.weight.float() if self.extra_bits is None else join(self.weight, self.extra_bits)
         return exact.t() if self.transposed else exact
 
     @torch.no_grad()
@@ -206,6 +234,25 @@ class LowRankLinear(nn.Module):
         """Turn a float32 base weight into bfloat16 plus the 16 bits it lacks; no information is lost."""
         assert self.weight.dtype == torch.float32
         self.weight.data, self.extra_bits = split(self.weight.data)
+
+    @torch.no_grad()
+    def quantise_base_(self, form: BaseFormat, *, remainder: bool) -> None:
+        """Put codes in the place of a float32 base weight.
+
+        Args:
+            remainder: whether to keep what merges need so that they lose nothing (relora/quantised.py).
+        """
+        assert self.extra_bits is None, "the remainder is a quantised weight's extra bits"
+        self.quantised = QuantisedBase(self.weight.data, form, remainder=remainder)
+        del self.weight
+
+    @torch.no_grad()
+    def requantise_(self, down: Tensor | None = None, up: Tensor | None = None) -> Taken:
+        """Add the delta to a quantised base weight, as `merge_` does to another; return what it did."""
+        assert self.quantised is not None
+        down, up = self._factors(down, up)
+        left, right = (down.t(), up.t().double()) if self.transposed else (up, down.double())
+        return self.quantised.add_(lambda rows: _product(left[rows], right, self.scaling))
 
     @torch.no_grad()
     def merge_(
@@ -269,13 +316,16 @@ class LowRankLinear(nn.Module):
 
     def whole_base(self) -> BasePart:
         """Return the base weight as its own only part."""
+        if self.quantised is not None:
+            return BasePart(weight=self.quantised.codes.view(-1), extra_bits=None, quantised=self.quantised)
         bits = self.extra_bits
         return BasePart(weight=self.weight.data.view(-1), extra_bits=None if bits is None else bits.view(-1))
 
     def _factors(self, down: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the change by the given factors or the live ones, on the weight's device."""
         down, up = self.change(self.down if down is None else down, self.up if up is None else up)
-        return down.to(self.weight.device), up.to(self.weight.device)
+        device = self.weight.device if self.quantised is None else self.quantised.codes.device
+        return down.to(device), up.to(device)
 
 
 @contextmanager

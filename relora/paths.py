@@ -3,7 +3,8 @@
 `factored` leaves every product to autograd. `addmm` is one autograd function: the scale is folded into the products,
 which add in place, and only the input and the small activation x down' are kept. `fused` is the same function with
 Triton's kernels for pairs of products. `merged` takes the formed weight W + s up down (relora/merged.py), and finds the
-factors' gradients without the base weight's wherever that is cheaper.
+factors' gradients without the base weight's wherever that is cheaper. Of a quantised base weight (relora/quantised.py)
+both passes make W from its codes, and none keeps it.
 Source: the algebra is RunLoRA's, Cherniuk et al. 2023 (arXiv 2312.03415); docs/performance.md.
 """
 
@@ -19,6 +20,7 @@ from torch.autograd import Function
 
 from relora.kernels.fused import factor_gradients, two_products
 from relora.kernels.setting import ONE_PASS_RANK
+from relora.quantised import Codes
 
 
 class ForwardPath(str, Enum):
@@ -39,7 +41,7 @@ def factored(x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
 
 def addmm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Codes,
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
@@ -57,11 +59,28 @@ def addmm(
 
     Shapes: x (..., in); weight (out, in), transposed (in, out); down ([heads,] rank, in), up ([heads,] out, rank)
     """
-    x, weight, down, up = (_autocast(one) for one in (x, weight, down, up))
+    x, down, up = (_autocast(one) for one in (x, down, up))
     bias = None if bias is None else _autocast(bias)
     dropped = None if dropped is None else _autocast(dropped)
-    how = (scaling, transposed, fused)
-    output: Tensor = _Addmm.apply(x, dropped, weight, bias, down, up, how)  # type: ignore[no-untyped-call]
+    columns = None
+    stored: tuple[Tensor, Tensor | None, Tensor | None]
+    if isinstance(weight, Codes):
+        stored, columns = weight[:3], weight.columns
+    else:
+        stored = (_autocast(weight), None, None)
+    how = (scaling, transposed, columns, fused)
+    output: Tensor = _Addmm.apply(x, dropped, bias, down, up, *stored, how)  # type: ignore[no-untyped-call]
+    return output
+
+
+def base_only(x: Tensor, codes: Codes, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    """Return x W' + b of a quantised base weight; autograd keeps its codes, not W.
+
+    Shapes: x (..., in)
+    """
+    bias = None if bias is None else _autocast(bias)
+    how = (transposed, codes.columns)
+    output: Tensor = _BaseOnly.apply(_autocast(x), bias, *codes[:3], how)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -85,43 +104,46 @@ class _Addmm(Function):
     """y = x W' + b + s S up' with S = z down'; z is x, or what dropout left of it."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # autograd counts tensors by their places
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
-        how: tuple[float, bool, bool],
+        weight: Tensor,
+        scales: Tensor | None,
+        pairs: Tensor | None,
+        how: tuple[float, bool, int | None, bool],
     ) -> Tensor:
-        scaling, transposed, fused = how
+        scaling, transposed, columns, fused = how
+        matrix = _matrix(weight, scales, pairs, columns, transposed, x.dtype)
         source = _rows(x if dropped is None else dropped, down)
         small = source @ down.mT
         if fused:
-            matrix = weight if transposed else weight.t()
-            output: Tensor = two_products(_rows(x, down), matrix, small, up.mT, bias, scaling)
+            output: Tensor = two_products(_rows(x, down), matrix.t(), small, up.mT, bias, scaling)
             output = output.view(*x.shape[:-1], -1)
         else:
-            output = F.linear(x, weight.t() if transposed else weight, bias)
+            output = F.linear(x, matrix, bias)
             _add_product_(_rows(output, up), small, up.mT, scaling)
         # The parameter itself is kept, not a view of it: ZeRO-3 changes what lies behind it between the passes.
-        ctx.save_for_backward(source if ctx.needs_input_grad[4] else None, small, weight, down, up)
+        ctx.save_for_backward(source if ctx.needs_input_grad[3] else None, small, down, up, weight, scales, pairs)
         ctx.how, ctx.dropped, ctx.shape = how, dropped is not None, x.shape
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        source, small, weight, down, up = ctx.saved_tensors
-        scaling, transposed, fused = ctx.how
-        for_x, for_dropped, _, for_bias, for_down, for_up = ctx.needs_input_grad[:6]
+        source, small, down, up, weight, scales, pairs = ctx.saved_tensors
+        scaling, transposed, columns, fused = ctx.how
+        for_x, for_dropped, for_bias, for_down, for_up = ctx.needs_input_grad[:5]
         outer = _rows(gradient, up)
         inner, up_gradient = _of_outer(outer, up, small if for_up else None, scaling, fused)
-        matrix = weight.t() if transposed else weight
-        x_gradient = dropped_gradient = None
-        if for_x and fused and not ctx.dropped:
+        x_gradient = dropped_gradient = matrix = None
+        if for_x:
+            matrix = _matrix(weight, scales, pairs, columns, transposed, gradient.dtype)
+        if matrix is not None and fused and not ctx.dropped:
             x_gradient = two_products(outer, matrix, inner, down, None, scaling).view(ctx.shape)
-        elif for_x:
+        elif matrix is not None:
             x_gradient = _flat(gradient) @ matrix
             if not ctx.dropped:
                 _add_product_(_rows(x_gradient, down), inner, down, scaling)
@@ -130,7 +152,37 @@ class _Addmm(Function):
             dropped_gradient = (inner @ down).mul_(scaling).view(ctx.shape)
         bias_gradient = _flat(gradient).sum(0) if for_bias else None
         down_gradient = (inner.mT @ source).mul_(scaling) if for_down else None
-        return x_gradient, dropped_gradient, None, bias_gradient, down_gradient, up_gradient, None
+        return x_gradient, dropped_gradient, bias_gradient, down_gradient, up_gradient, None, None, None, None
+
+
+class _BaseOnly(Function):
+    """y = x W' + b with W from its codes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scales: Tensor,
+        pairs: Tensor | None,
+        how: tuple[bool, int],
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales, pairs)
+        ctx.how = how
+        transposed, columns = how
+        return F.linear(x, _matrix(codes, scales, pairs, columns, transposed, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, pairs = ctx.saved_tensors
+        transposed, columns = ctx.how
+        for_x, for_bias = ctx.needs_input_grad[:2]
+        x_gradient = None
+        if for_x:
+            x_gradient = gradient @ _matrix(codes, scales, pairs, columns, transposed, gradient.dtype)
+        bias_gradient = _flat(gradient).sum(0) if for_bias else None
+        return x_gradient, bias_gradient, None, None, None, None
 
 
 class _Merged(Function):
@@ -172,6 +224,24 @@ def _of_outer(
         inner, up_gradient = factor_gradients(outer, up, small, scaling)
         return inner, up_gradient
     return outer @ up, None if small is None else _of_up(outer, small, scaling)
+
+
+def _matrix(
+    weight: Tensor,
+    scales: Tensor | None,
+    pairs: Tensor | None,
+    columns: int | None,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The base weight, from its codes where it has scales.
+
+    Shapes: (out, in)
+    """
+    if scales is not None:
+        assert columns is not None
+        weight = Codes(weight, scales, pairs, columns).weight(dtype)
+    return weight.t() if transposed else weight
 
 
 def _of_up(outer: Tensor, small: Tensor, scaling: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.initialize import draw_down, key_of, keyed_generator
-from relora.linear import BasePart, LowRankLinear, squared
+from relora.linear import BasePart, LowRankLinear
 from relora.optimizer import Moments, Reset, clear_moments, kept, prune_moments
 from relora.precision import MergePrecision
 
@@ -85,6 +85,12 @@ class RestartReport:
     """The same as a share of the entries there were; 0 when there was no state yet."""
     seconds: float
     """Wall time."""
+    base_error: float | None = None
+    """Of quantised base weights: how far codes are from what they should hold, over the weights' norm; else None."""
+    lost_share: float | None = None
+    """Norm of what the merges lost for good over that of the updates: next to 0 when remainders are kept."""
+    base_shift: float | None = None
+    """How far the weights that passes compute with moved besides the updates, over their norm."""
 
 
 class ParameterStore(Protocol):
@@ -224,17 +230,13 @@ def restart(
     """
     assert restart_index >= 1, "draw 0 is the conversion's"
     began = time.perf_counter()
-    sums = torch.zeros(4, dtype=torch.float64)  # delta squared, base squared, entries changed, entries
+    sums = torch.zeros(7, dtype=torch.float64)
     removed = state_entries = 0
     layers = low_rank_modules(model)
     for name, layer in layers.items():
         down, up = store.factors(layer)
-        base = store.base(layer)
-        sums[1:] += torch.tensor([squared(base.weight), 0.0, base.weight.numel()], dtype=torch.float64) / base.replicas
-        if not merged:
-            key = key_of(seed, "round", name, heads[0], restart_index)
-            sums[0] += layer.delta_norm(down, up) ** 2 / base.layer_replicas
-            sums[2] += layer.merge_(config.merge_precision, down, up, key, base) / base.replicas
+        key = None if merged else key_of(seed, "round", name, heads[0], restart_index)
+        sums += _merged(layer, down, up, store.base(layer), config.merge_precision, key)
         shape = store.shape(layer.down)
         given = None if draw is None else draw(name, shape, restart_index)
         store.write(layer.down, _drawn(name, shape, seed, heads, restart_index) if given is None else given)
@@ -246,7 +248,11 @@ def restart(
             f"relora.prune_ratio={config.prune_ratio} removed none of the {state_entries} entries of Adam's "
             "state: raise it, or say so with relora.reset=none"
         )
-    delta_squared, base_squared, changes, entries = store.total(sums).tolist()
+    delta_squared, base_squared, changes, entries, *errors = store.total(sums).tolist()
+    quantised = any(layer.quantised is not None for layer in layers.values())
+    norms = (base_squared, delta_squared, base_squared)
+    shares = [(error / norm) ** 0.5 if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
+    base_error, lost_share, base_shift = shares if quantised else (None, None, None)
     return RestartReport(
         restart=restart_index,
         layers=len(layers),
@@ -255,7 +261,30 @@ def restart(
         pruned_count=removed,
         pruned_share=removed / max(1, state_entries),
         seconds=time.perf_counter() - began,
+        base_error=base_error,
+        lost_share=lost_share,
+        base_shift=base_shift,
     )
+
+
+def _merged(
+    layer: LowRankLinear, down: Tensor, up: Tensor, base: BasePart, precision: MergePrecision, key: int | None
+) -> Tensor:
+    """Merge a layer's delta, unless its base weight has it (no key); return what that adds to a restart's sums.
+
+    Shapes: (7,): delta squared, base squared, entries changed, entries; of requantised ones, error squared, lost, moved
+    """
+    sums = torch.zeros(7, dtype=torch.float64)
+    sums[1], sums[3] = base.squared_norm(), base.entries
+    if base.quantised is not None:
+        assert key is not None, "syncs of LTE know no quantised base weights"
+        taken = layer.requantise_(down, up)
+        sums[0], sums[2] = taken.update, taken.changed
+        sums[4], sums[5], sums[6] = taken.rounding, taken.lost, taken.moved
+    elif key is not None:
+        sums[0] = layer.delta_norm(down, up) ** 2 * base.replicas / base.layer_replicas
+        sums[2] = layer.merge_(precision, down, up, key, base)
+    return sums / base.replicas
 
 
 def _drawn(name: str, shape: Sequence[int], seed: int, heads: Sequence[int], restart_index: int) -> Tensor:

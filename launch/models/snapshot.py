@@ -20,8 +20,10 @@ from parallel.checkpoint import Checkpoint
 from relora.convert import LoraConfig
 from relora.errors import ConfigError
 from relora.linear import LowRankLinear
+from relora.quantised import weight_of
 
 _HEADS = "heads/"
+_PARTS = ("down", "up", "extra_bits", "quantised.codes", "quantised.scales", "quantised.remainder")
 
 SHARD_BYTES = 2 << 30
 """Largest size of a file of weights, unless a single tensor is larger; twice as much memory is needed."""
@@ -87,11 +89,22 @@ class Snapshot:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the plain model, or a factor, as it is stored: the master where there is one."""
         name = self._first_name.get(name, name)
+        if f"{self._codes(name)}.codes" in self._stored:
+            return self._dequantised(name)
         if name in self._in_place:
             return self._checkpoint.whole(KIND, self._in_place[name])
         master = f"{name}/master"
         kind, name = ("optimizer", master) if master in self._optimized else ("model", name)
         return self._checkpoint.whole(kind, name)
+
+    def _dequantised(self, name: str) -> Tensor:
+        """A quantised base weight as passes computed with it: without its remainder."""
+        codes, scales = (self._checkpoint.whole("model", f"{self._codes(name)}.{leaf}") for leaf in ("codes", "scales"))
+        return weight_of(codes, scales, self._plain[name].shape[-1])
+
+    @staticmethod
+    def _codes(name: str) -> str:
+        return f"{name.removesuffix('.weight')}.quantised"
 
     def is_transposed(self, layer: str) -> bool:
         """Whether a layer's weight is (in, out)."""
@@ -157,11 +170,12 @@ class Snapshot:
 
     def _check(self) -> None:
         wrong = f"{self._checkpoint.folder} is of another model than run.dir"
-        parts = {f"{layer}.{part}" for layer in self.layers for part in ("down", "up", "extra_bits")}
-        for name in sorted((self._stored - parts) ^ set(self.names)):
+        parts = {f"{layer}.{part}" for layer in self.layers for part in _PARTS}
+        coded = {name for name in self.names if f"{self._codes(name)}.codes" in self._stored}
+        for name in sorted((self._stored - parts) ^ (set(self.names) - coded)):
             side = "only the checkpoint has" if name in self._stored else "the checkpoint lacks"
             raise ConfigError(f"{wrong}: {side} {name}")
-        for name in self.names:
+        for name in set(self.names) - coded:
             here, there = tuple(self._plain[name].shape), self._checkpoint.shape("model", name)
             if here != there:
                 raise ConfigError(f"{wrong}: {name} is {there} there and {here} here")

@@ -11,6 +11,7 @@ from launch.planning.skeleton import Skeletons
 from launch.training.recomputation import Checkpointing
 from parallel.mesh import mesh_of
 from relora.errors import ConfigError
+from relora.quantised import BaseFormat
 
 DEGREES = (1, 2, 4, 8)
 """Tensor degrees that are compared, where the model allows them."""
@@ -105,13 +106,13 @@ def _grid(
     heads = layout.heads
     for world in sorted({round(layout.processes * factor) for factor in _WORLDS if layout.processes * factor >= 1}):
         for tensor in DEGREES:
-            if world % (heads * tensor):
+            if world % (heads * tensor) or (tensor > 1 and config.base is not BaseFormat.full):
                 continue
             data = world // (heads * tensor)
             share, rest = divmod(config.training.global_batch_size, heads * data)
             for stage in STAGES:
                 other = Layout(zero_stage=stage, tensor=tensor, data=data, heads=heads)
-                if rest:
+                if rest or (stage == 3 and config.base is not BaseFormat.full):
                     grid[other] = None
                     continue
                 size = math.gcd(share, sequences)

@@ -21,8 +21,10 @@ from relora.linear import BLOCK_ENTRIES
 from relora.lte import LteConfig
 from relora.optimizer import Reset
 from relora.precision import MergePrecision
+from relora.quantised import SLAB_ENTRIES
 
 _BLOCK_BYTES = {MergePrecision.split: 24, MergePrecision.nearest: 16, MergePrecision.stochastic: 16}  # per entry
+_REQUANTISED_BYTES = 64  # per entry of a slab of a quantised weight
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -220,5 +222,7 @@ def merge_bytes(held: Sequence[Held], precision: MergePrecision, dtype: Dtype) -
 def block_bytes(held: Sequence[Held], precision: MergePrecision, dtype: Dtype) -> int:
     """Temporaries of a block of the largest base weight that takes up its delta; 0 without base weights."""
     largest = max((one.entries for one in held if one.role is Role.base), default=0)
+    if any(one.quantised is not None for one in held):
+        return min(largest, SLAB_ENTRIES) * _REQUANTISED_BYTES
     per_entry = _BLOCK_BYTES[precision if dtype is Dtype.bf16 else MergePrecision.nearest]
     return min(largest, BLOCK_ENTRIES) * per_entry

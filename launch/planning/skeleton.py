@@ -28,6 +28,7 @@ from relora.errors import ConfigError
 from relora.linear import LowRankLinear
 from relora.optimizer import parameter_groups
 from relora.paths import ForwardPath
+from relora.quantised import QuantisedBase
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -121,7 +122,7 @@ def _skeleton(
         phase = make_phase(config, hf_config, step=config.warm_start_steps, fresh=False, tensor=tensor, heads=[head])
         model = phase.model
         split_model(model, imagined_axis(tensor), config.parallel.tensor_plan)
-        prepare_base_(model, config.torch_dtype, config.merge_precision)
+        prepare_base_(model, config.torch_dtype, config.merge_precision, config.base)
         checkpoint_blocks_(model, checkpointing)
         planned = OutputLoss.plain if config.training.loss is OutputLoss.plain else OutputLoss.chunked
         take_output_loss_(model, planned, torch.device("meta"))
@@ -140,10 +141,11 @@ def _rows(conversion: Conversion | None) -> list[ConversionRow]:
 
 
 def _held(model: nn.Module, config: TrainConfig, tensor: int) -> list[Held]:
-    layers = {id(layer.weight): layer for layer in low_rank_modules(model).values()}
-    factors = {id(factor) for layer in layers.values() for factor in (layer.down, layer.up)}
+    low_rank = low_rank_modules(model)
+    layers = {id(layer.weight): layer for layer in low_rank.values() if layer.quantised is None}
+    factors = {id(factor) for layer in low_rank.values() for factor in (layer.down, layer.up)}
     groups = {id(one): group["name"] for group in parameter_groups(model, config.optimizer) for one in group["params"]}
-    held = []
+    held = [_quantised(name, layer, layer.quantised) for name, layer in low_rank.items() if layer.quantised is not None]
     for name, parameter in model.named_parameters():
         layer, group = layers.get(id(parameter)), groups.get(id(parameter))
         role = Role.dense if group is not None else Role.frozen
@@ -162,6 +164,18 @@ def _held(model: nn.Module, config: TrainConfig, tensor: int) -> list[Held]:
             )
         )
     return held
+
+
+def _quantised(name: str, layer: LowRankLinear, base: QuantisedBase) -> Held:
+    return Held(
+        name=f"{name}.weight",
+        entries=base.entries,
+        role=Role.base,
+        group=None,
+        adapter_rank=layer.adapter_rank,
+        quantised=base.codes.nbytes + base.scales.nbytes + (0 if base.pairs is None else base.pairs.nbytes),
+        remainder=0 if base.remainder is None else base.remainder.nbytes,
+    )
 
 
 def _keeps_a_view(layer: LowRankLinear) -> bool:

@@ -23,6 +23,7 @@ from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.kernels.setting import INTERPRETED, has_triton, run_on
 from relora.paths import ForwardPath
+from relora.quantised import BaseFormat
 
 TABLE = "paths.json"
 
@@ -88,7 +89,7 @@ def told(taken: Mapping[str, str]) -> str:
 def _allowed(config: TrainConfig, device: torch.device) -> list[ForwardPath]:
     assert config.lora is not None
     allowed = [ForwardPath.factored, ForwardPath.addmm]
-    if config.parallel.zero_stage < 3 and config.lora.dropout == 0:
+    if config.parallel.zero_stage < 3 and config.lora.dropout == 0 and config.lora.base is BaseFormat.full:
         allowed.append(ForwardPath.merged)
     if run_on(device) and not INTERPRETED:  # which is for proofs, not for speed
         allowed.append(ForwardPath.fused)

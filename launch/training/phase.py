@@ -157,7 +157,7 @@ def _made_ready(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict
     """Keep this process's part of the model, in the precision that is trained; returns what was cut."""
     model = phase.model
     regions = split_model(model, runtime.tensor, config.parallel.tensor_plan)
-    prepare_base_(model, config.torch_dtype, config.merge_precision)
+    prepare_base_(model, config.torch_dtype, config.merge_precision, config.base)
     paths.update(take_paths(model, config, runtime, paths))
     if config.parallel.zero_stage < 3:  # which moves and partitions one parameter at a time
         model.to(runtime.device)

@@ -28,8 +28,10 @@ from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.initialize import key_of
 from relora.precision import split
+from relora.quantised import QuantisedBase
 
 _FACTORS = ("down", "up", "synced_down", "synced_up")
+_QUANTISED = ("quantised.codes", "quantised.scales", "quantised.remainder")
 
 
 def save_checkpoint(run: Run) -> None:
@@ -84,8 +86,9 @@ def load_checkpoint(run: Run, checkpoint: Checkpoint) -> bool:
     stored = {name for name in names if is_shared(name) or name in wanted}
     begins = run.conversion is not None and not any(name.endswith(".down") for name in names)
     if begins:
-        leaves = tuple(f".{leaf}" for leaf in (*_FACTORS, "extra_bits"))
+        leaves = tuple(f".{leaf}" for leaf in (*_FACTORS, "extra_bits", *_QUANTISED))
         wanted = {name for name in wanted if not name.endswith(leaves)}
+        wanted |= {f"{name}.weight" for name, layer in low_rank_modules(run.model).items() if layer.quantised}
     else:
         for head in run.places:
             if stored.isdisjoint(own := {name for name in wanted if name.startswith(of_head(head, ""))}):
@@ -195,15 +198,29 @@ def _grown(checkpoint: Checkpoint, run: Run, kind: str, name: str, region: Regio
 
 
 def _first_cycle(read: Read, model: nn.Module) -> Read:
-    """A full-rank checkpoint as the low-rank phase wants it: base weights exact, split where there are extra bits."""
+    """A full-rank checkpoint as the low-rank phase wants it: base weights exact, split or quantised as layers are."""
     layers = low_rank_modules(model)
 
     def exact(name: str, region: Region) -> Tensor | None:
         master = read("optimizer", f"{name}/master", region)
         return read("model", name, region) if master is None else master
 
+    quantised: dict[str, dict[str, Tensor]] = {}  # the tensors of one layer, which are asked for one after the other
+
+    def coded(owner: str, layer: QuantisedBase, leaf: str) -> Tensor:
+        if owner not in quantised:
+            value = exact(f"{owner}.weight", Region((layer.rows, layer.columns)))
+            assert value is not None
+            made = QuantisedBase(value.float(), layer.form, remainder=layer.remainder is not None)
+            quantised.clear()
+            quantised[owner] = dict(made.named_buffers())
+        return quantised[owner][leaf]
+
     def converted(kind: str, name: str, region: Region) -> Tensor | None:
         owner, _, leaf = name.rpartition(".")
+        of_layer = layers.get(owner.removesuffix(".quantised"))
+        if kind == "model" and of_layer is not None and of_layer.quantised is not None and owner not in layers:
+            return coded(owner.removesuffix(".quantised"), of_layer.quantised, leaf)
         layer = layers.get(owner)
         if kind != "model" or layer is None or leaf not in ("weight", "extra_bits"):
             return read(kind, name, region)

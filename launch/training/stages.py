@@ -23,7 +23,7 @@ from parallel.checkpoint import open_checkpoint, step_name
 from relora.convert import low_rank_modules
 from relora.initialize import draw_down
 from relora.optimizer import clear_moments
-from relora.restart import ReloraConfig, restart
+from relora.restart import ReloraConfig, RestartReport, restart
 
 
 def make_trainee(run: Run) -> EngineTrainee:
@@ -91,12 +91,22 @@ def fold(run: Run) -> None:
     if run.sync is not None:
         run.sync.forget()
     state.restarts += 1
-    run.watch.event("restart", state.step, **asdict(report))
+    told = {key: value for key, value in asdict(report).items() if value is not None}
+    run.watch.event("restart", state.step, **told)
     run.watch.say(
         f"step {state.step}: restart {report.restart}, {report.layers} layers merged (update {report.update_ratio:.2%} "
-        f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared"
+        f"of the base), {report.pruned_share:.1%} of the factors' Adam state cleared{_quantised(report)}"
     )
     measure_update(run)
+
+
+def _quantised(report: RestartReport) -> str:
+    if report.base_error is None:
+        return ""
+    return (
+        f"; quantised anew: error {report.base_error:.2%} of the base, {report.lost_share:.2%} of the update lost, "
+        f"a shift of {report.base_shift:.2%} of the base besides it"
+    )
 
 
 def _measure(run: Run, stage: Stage | None, report: dict[str, Any]) -> None:

@@ -126,8 +126,10 @@ def _measure(layer: LowRankLinear, now: Tensor, start: Tensor, merges: int) -> R
     now, before = (now.t(), before.t()) if layer.transposed else (now, before)
     delta = now - before
     values = singular_values(delta)
-    exact = layer.extra_bits is not None
-    eps = torch.finfo(torch.float32 if exact else layer.weight.dtype).eps
+    if layer.quantised is not None:
+        eps = layer.quantised.eps
+    else:
+        eps = torch.finfo(torch.float32 if layer.extra_bits is not None else layer.weight.dtype).eps
     return {
         "shape": list(delta.shape),
         "singular_values": [float(f"{value:.6g}") for value in values[:KEPT_VALUES].tolist()],

@@ -30,6 +30,7 @@ from relora.errors import ConfigError
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
 from relora.precision import MergePrecision
+from relora.quantised import BaseFormat
 
 LENGTH, VOCABULARY, SEQUENCES = 32, 523, 2
 MODEL = [
@@ -130,6 +131,8 @@ LAYOUTS = [
     *((FULL_RANK, stage, 1, 2, "bf16", "none") for stage in (1, 3)),
     *(([*LOW_RANK, "lora.forward=merged"], 0, 1, 1, dtype, "none") for dtype in ("fp32", "bf16")),
     ([*LOW_RANK, "lora.forward=factored"], 0, 1, 1, "bf16", "none"),
+    ([*LOW_RANK, "lora.base=int8", "relora.merge_precision=nearest"], 0, 1, 1, "fp32", "none"),
+    ([*LOW_RANK, "lora.base=nf4"], 2, 1, 2, "bf16", "none"),
 ]
 
 
@@ -262,6 +265,21 @@ def test_blocks_that_differ_in_their_factors_are_all_built(words):
     held = skeletons.get(low_rank=True, tensor=1, sequences=2, checkpointing=Checkpointing.none).held
     conversion = make_phase(config, hf_config, step=0, fresh=True, tensor=1).conversion
     assert sum(one.entries for one in held if one.group) == conversion.trainable
+
+
+@pytest.mark.parametrize("form", [BaseFormat.int8, BaseFormat.nf4])
+def test_a_merge_into_codes_takes_the_planned_bytes_beside_them(form):
+    layer = LowRankLinear.from_module(nn.Linear(2048, 1024, bias=False), adapter_rank=8, scaling=1.0)
+    layer.quantise_base_(form, remainder=True)
+    kept = [layer.down, layer.up, *layer.buffers()]
+    with torch.no_grad(), Ledger(kept) as ledger:
+        layer.requantise_(layer.down.detach(), layer.up.detach())
+    held = [
+        Held(name="weight", entries=2048 * 1024, role=Role.base, group=None, quantised=layer.quantised.codes.nbytes),
+        Held(name="down", entries=layer.down.numel(), role=Role.factor, group="down"),
+    ]
+    plan = merge_bytes(held, MergePrecision.split, Dtype.bf16)
+    assert ledger.peak <= plan <= 1.3 * ledger.peak
 
 
 @pytest.mark.parametrize("precision", list(MergePrecision))

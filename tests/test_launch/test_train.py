@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch import exits, train
+from launch import exits, export, train
 from launch.config import load
 from launch.evaluate import evaluate_folder
 from launch.training import loop
 from launch.watching.records import read_records
 from parallel import output_loss
+from parallel.checkpoint import newest_checkpoint
 from relora.convert import low_rank_modules
 from relora.spectrum import numerical_rank, singular_values
 
@@ -102,6 +103,8 @@ def test_stopped_again_and_again_a_run_ends_with_the_very_metrics_of_the_undistu
 @pytest.mark.parametrize("more", [
     ["training.dtype=bf16"],
     ["training.dtype=bf16", "relora.merge_precision=stochastic"],
+    ["lora.base=nf4", "training.dtype=bf16"],
+    ["lora.base=int8", "relora.merge_precision=nearest"],
     ["lora.dropout=0.2"],
     ["relora.reset=magnitude", "relora.prune_ratio=0.9"],
     ["relora=none"],
@@ -118,6 +121,26 @@ def test_every_kind_of_run_resumes_bitwise(tiny, tmp_path, more):
     assert run(tiny, *more, "training.stop_after=12") == exits.PREEMPTED
     assert run(tiny, *more) == exits.DONE
     assert records(folder_of(tiny)) == records(folder_of(other))
+
+
+def test_a_quantised_run_ends_with_the_model_that_it_trained_and_resumes_at_the_hand_over(tiny, tmp_path):
+    tiny = [*tiny, "lora.base=nf4"]
+    other = [*tiny, f"run.dir={tmp_path / 'whole'}"]
+    assert run(other) == exits.DONE
+    assert run(tiny, "training.stop_after=5") == exits.PREEMPTED
+    assert run(tiny) == exits.DONE
+    assert records(folder_of(tiny)) == records(folder_of(other))
+    final = next(line for line in read_records(folder_of(tiny) / "metrics.jsonl") if line.get("event") == "final")
+    assert abs(final["merge_difference"]) < 1e-5
+    restarts = [line for line in read_records(folder_of(tiny) / "metrics.jsonl") if line.get("event") == "restart"]
+    assert all(0 < line["base_error"] < 0.2 and line["lost_share"] < 1e-3 < line["base_shift"] for line in restarts)
+    stored = newest_checkpoint(folder_of(tiny) / "checkpoints")[0]
+    kinds = {name.rpartition("quantised.")[2]: stored.dtype("model", name) for name in stored.names("model")}
+    assert kinds["codes"] == torch.uint8
+    assert kinds["remainder"] == torch.int16
+    assert not any(name.endswith("_proj.weight") for name in stored.names("model"))
+    words = [f"run.dir={folder_of(tiny)}", f"export.out={tmp_path / 'adapter'}", "export.to=adapter"]
+    assert export.main(words) == exits.DONE
 
 
 def test_the_microbatch_is_only_a_memory_knob(tiny, undisturbed):

@@ -20,6 +20,7 @@ from relora.linear import LowRankLinear, standing_in
 from relora.merged import form, formed_weights
 from relora.paths import ForwardPath, through_weight
 from relora.precision import MergePrecision
+from relora.quantised import BaseFormat
 
 DEVICE = os.environ.get("KERNEL_DEVICE", "cpu")
 FUSED = [ForwardPath.fused] if "KERNEL_DEVICE" in os.environ else []
@@ -67,7 +68,8 @@ def dense(layer, x, weighting):
     """The same by one dense weight in float64."""
     down, up, x = (one.detach().double().requires_grad_() for one in (layer.down, layer.up, x))
     bias = None if layer.bias is None else layer.bias.detach().double().requires_grad_()
-    exact = layer.matrix.detach().double() if layer.extra_bits is None else layer.base().double()
+    plain = layer.extra_bits is None and layer.quantised is None
+    exact = layer.matrix.detach().double() if plain else layer.base().double()
     y = F.linear(x, exact + layer.scaling * up @ down, bias)
     (y * weighting).sum().backward()
     found = {"y": y.detach(), "x": x.grad, "down": down.grad, "up": up.grad}
@@ -106,6 +108,22 @@ def test_in_bfloat16_they_are_as_near_as_its_digits(path, kind):
     prepare_base_(layer, torch.bfloat16, MergePrecision.split)
     x, weighting = torch.randn(24, 96).bfloat16(), torch.randn(24, 80, dtype=torch.float64)
     check(passes(layer, x, weighting), dense(layer, x, weighting), 8e-3)
+
+
+@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm])
+@pytest.mark.parametrize("form", [BaseFormat.int8, BaseFormat.nf4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_weight_is_the_dense_weight_that_its_codes_stand_for(path, form, kind):
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 1.2e-2)):
+        for dropout in (0.0, 0.3):
+            layer = make(kind, (97, 65, 4, 24), path, dtype, dropout)
+            layer.quantise_base_(form, remainder=True)
+            x, weighting = torch.randn(24, 97, dtype=dtype), torch.randn(24, 65, dtype=torch.float64)
+            if dropout:
+                ours = passes(layer, x, weighting)
+                assert all(value.isfinite().all() for value in ours.values())
+                continue
+            check(passes(layer, x, weighting), dense(layer, x, weighting), tolerance)
 
 
 @pytest.mark.parametrize("path", PATHS)
