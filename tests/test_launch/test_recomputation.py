@@ -1,5 +1,7 @@
 """Activation checkpointing of blocks: the same values and gradients whatever is kept."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,10 @@ def gradients(model):
     return {"loss": loss.detach()} | {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
 
-@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged])
+FUSED = [ForwardPath.fused] if "KERNEL_DEVICE" in os.environ else []
+
+
+@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged, *FUSED])
 def test_gradients_are_bitwise_the_same_whatever_is_kept(path):
     wanted = gradients(model_of(path))
     for kind in (Checkpointing.full, Checkpointing.selective):
