@@ -55,6 +55,8 @@ class ContinualConfig:
     """Write the model after each task to tasks/NN_NAME, as a Hugging Face folder."""
     restart_from: str | None = None
     """Name of a task: go back to where it began, and train from there anew."""
+    stop_after: str | None = None
+    """Name of a task: end this process after it, with a checkpoint and exit code 75."""
 
     def __post_init__(self) -> None:
         if (self.tasks is None) == (self.split is None):

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import exits
+from launch.jobs.arrays import HEADS, MEETING, MEETING_ID, has_heads
 from launch.jobs.attempts import Attempt
 from launch.jobs.sweep import is_sweep, show_sweep
 from launch.watching.live import show_once, watch_runs
 from launch.watching.readings import duration, perplexity
+from launch.watching.records import read_records
 from launch.watching.standing import Queue, RunReader, Standing, find_runs
 from relora.errors import ConfigError
 
@@ -35,7 +37,7 @@ def _command(runs: Sequence[Path], *, watch: bool, every: float | None) -> int:
         why = "must be above 0" if watch else "has no effect without --watch: leave it out"
         raise ConfigError(f"--every {every:g} {why}")
     for run in runs:
-        if not is_sweep(run) and not (run.is_dir() and find_runs(run)):
+        if not is_sweep(run) and not has_heads(run) and not (run.is_dir() and find_runs(run)):
             raise ConfigError(f"{run} holds no run and no job: name the folder that train or submit printed")
     if watch:
         try:
@@ -49,10 +51,10 @@ def _command(runs: Sequence[Path], *, watch: bool, every: float | None) -> int:
         if is_sweep(run):
             show_sweep(run)
             continue
-        if find_runs(run) != [run]:
+        if not has_heads(run) and find_runs(run) != [run]:
             show_once([run], sys.stdout)
             continue
-        rows = status(run)
+        rows = _heads(run) if has_heads(run) else status(run)
         width = max(len(name) for name, _ in rows)
         print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))
     return exits.DONE
@@ -73,6 +75,26 @@ def status(run: Path) -> list[tuple[str, str]]:
         rows += _progress(one)
         rows += _events(one)
     return rows + _attempts(one.attempts)
+
+
+def _heads(run: Path) -> list[tuple[str, str]]:
+    """The jobs of elastic heads, where they meet, and each head in one line."""
+    rows = [("run", str(run))]
+    queue = Queue()
+    for name, path in (("job", run / "job/job_id"), ("meeting", run / "job" / MEETING_ID)):
+        number = path.read_text(encoding="ascii").strip() if path.exists() else None
+        rows += [(name, line) for line in (queue.told([number])[number] if number is not None else ())]
+    events = run / MEETING / "meeting.jsonl"
+    syncs = read_records(events) if events.exists() else []
+    if syncs:
+        rows.append(("syncs", f"{syncs[-1]['sync']}, the last by heads {', '.join(map(str, syncs[-1]['members']))}"))
+    for folder in sorted((run / HEADS).glob("*")):
+        one = RunReader(folder).read()
+        told = dict(_progress(one)) if one.begun else {}
+        words = [one.state, *(f"{key} {told[key]}" for key in ("step", "loss") if key in told)]
+        again = [f"{len(one.attempts)} attempts"] if len(one.attempts) > 1 else []
+        rows.append((f"head {folder.name}", "; ".join(words + again)))
+    return rows
 
 
 def _progress(one: Standing) -> list[tuple[str, str]]:

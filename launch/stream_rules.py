@@ -93,6 +93,7 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
         raise ConfigError(
             f"training.stop_after={stop} has no effect on a stream of {total} steps: leave it out or lower it"
         )
+    _check_last_task(continual, course)
     _check_requests(continual, course)
     text = [stage.name for stage in course.stages if stage.kind is not TaskKind.classification]
     if continual.method == "ewc" and continual.ewc.labels is Labels.model and text:
@@ -101,6 +102,15 @@ def check_opened(config: TrainConfig, continual: ContinualConfig, course: Course
         )
     if "replay" in METHODS[continual.method].sections:
         continual.replay.samples(config.job_batch, processes)
+
+
+def _check_last_task(continual: ContinualConfig, course: Course) -> None:
+    """Refuse to stop after a task that is none, or the last."""
+    names = [stage.name for stage in course.stages]
+    if continual.stop_after is not None and continual.stop_after not in names[:-1]:
+        reason = "is the last task" if continual.stop_after == names[-1] else "is no task of this stream"
+        rule = f"name one of {', '.join(names[:-1])}, or leave it out" if names[:-1] else "leave it out"
+        raise ConfigError(f"continual.stop_after={continual.stop_after} {reason}: {rule}")
 
 
 def _check_requests(continual: ContinualConfig, course: Course) -> None:

@@ -258,8 +258,7 @@ def _execute(run: Run) -> int:
 def _stop(run: Run) -> int:
     """End an attempt at a run that has more to do; returns the exit code."""
     watch, step, again = run.watch, run.state.step, (bool(run.stop) or run.stop.agreed) and run.stop.again
-    reason = run.stop.name or ("a signal to another process" if run.stop.agreed else None)
-    reason = reason or f"training.stop_after={run.config.training.stop_after}"
+    reason = _stopped_by(run)
     _summarize(run, {"status": "stopped", "reason": reason, "step": step})
     watch.say(f"stopped by {reason} after step {step}; the same command continues the run")
     watch.say("status: stopped")
@@ -268,6 +267,17 @@ def _stop(run: Run) -> int:
         watch.alert("training stopped", f"by {reason} after step {step}, with a checkpoint", Level.warning)
     watch.finish(code)  # last: the time that a scheduler grants may end meanwhile
     return code
+
+
+def _stopped_by(run: Run) -> str:
+    """Who, or what setting, had the run stop."""
+    config = run.config
+    if run.stop.name is not None or run.stop.agreed:
+        return run.stop.name or "a signal to another process"
+    if config.training.stop_after is not None and run.state.step >= config.training.stop_after:
+        return f"training.stop_after={config.training.stop_after}"
+    assert config.continual is not None
+    return f"continual.stop_after={config.continual.stop_after}"
 
 
 def _noted(code: int, runtime: Runtime, *, reason: str = "", again: bool = True) -> int:

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from parallel.frames import Bytes, Message, receive_frame, send_frame
-from parallel.meeting_terms import STATELESS
+from parallel.meeting_terms import ADDRESS, STATELESS
 from relora.errors import ConfigError
 
 Frames = Generator[Message, None, None]
@@ -48,6 +49,7 @@ class MeetingLine:
         """Connect.
 
         Args:
+            address: HOST:PORT, or the meeting point's folder, which has a / and tells them.
             hello: the message that makes this process known.
             patience_seconds: how long to try.
 
@@ -55,10 +57,9 @@ class MeetingLine:
             ConfigError: the address is none, or the meeting point refuses this head.
             MeetingLost: nobody is there.
         """
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(f"lte.meeting must be HOST:PORT, got {address!r}")
-        self._place = host.strip("[]"), int(port)
+        if "/" not in address:
+            _host_and_port(address)
+        self._address = address
         self._hello, self._silence = hello, silence_seconds
         self._session: str | None = None
         self._connection: Connection | None = None
@@ -149,7 +150,7 @@ class MeetingLine:
             except OSError as error:
                 if time.monotonic() + pause > deadline or self._closing.is_set():
                     raise MeetingLost(
-                        f"the meeting point at {self._place[0]}:{self._place[1]} cannot be reached ({error}), for "
+                        f"the meeting point at {self._address} cannot be reached ({error}), for "
                         f"{patience:g} s now. Checkpoints are whole: see that it runs (accrete meet), then start the "
                         "same command again"
                     ) from error
@@ -157,7 +158,7 @@ class MeetingLine:
                 pause = min(2 * pause, 2.0)
 
     def _open(self) -> Connection:
-        end = socket.create_connection(self._place, timeout=self._silence)
+        end = socket.create_connection(self._place(), timeout=self._silence)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         send_frame(end, self._hello)
         reply, _ = receive_frame(end)
@@ -174,7 +175,13 @@ class MeetingLine:
         return Connection(end, threading.Lock())
 
     def _refusal(self, reply: dict[str, Any]) -> ConfigError:
-        return ConfigError(f"the meeting point at {self._place[0]}:{self._place[1]} refuses: {reply['refused']}")
+        return ConfigError(f"the meeting point at {self._address} refuses: {reply['refused']}")
+
+    def _place(self) -> tuple[str, int]:
+        """Host and port; those in a folder change when another machine serves the run."""
+        if "/" not in self._address:
+            return _host_and_port(self._address)
+        return _host_and_port((Path(self._address) / ADDRESS).read_text(encoding="utf-8").strip())
 
     def _hang_up(self) -> None:
         if self._connection is not None:
@@ -199,3 +206,10 @@ class MeetingLine:
                 pass  # the next request tells
             finally:
                 self._asking.release()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"lte.meeting must be HOST:PORT, or a folder with a / in its path, got {address!r}")
+    return host.strip("[]"), int(port)

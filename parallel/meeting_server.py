@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from parallel.files import write_atomically
@@ -21,7 +22,7 @@ from parallel.frames import LENGTHS, TOKEN_VARIABLE, BrokenFrame, Bytes, header_
 from parallel.ledger import Ledger
 from parallel.meeting_outcome import Brought, Outcome, Parcels
 from parallel.meeting_point import MeetingPoint, saved
-from parallel.meeting_terms import Decision, Refused, Standing, Terms, Verdict
+from parallel.meeting_terms import ADDRESS, Decision, Refused, Standing, Terms, Verdict
 from parallel.state_spool import StateSpool
 
 FORMAT = 1
@@ -110,9 +111,22 @@ class MeetingServer:
             merged = self._point.ledger.merged_count
             say(f"{path}: {self._point.sync} syncs were made, {merged:,} sequences are in them")
 
-    async def serve(self, host: str | None, port: int) -> None:
-        """Serve until the run is complete and all heads have left."""
+    async def serve(self, host: str | None, port: int, *, name: str | None = None) -> None:
+        """Serve until the run is complete and all heads have left.
+
+        Args:
+            host: the address to listen on; None: all.
+            port: 0: one that is free.
+            name: what heads that are given the folder call this machine; None: the host, or the machine's own name.
+        """
         server = await asyncio.start_server(self._guest, host, port)
+        ports = {one.getsockname()[1] for one in server.sockets}
+        if len(ports) > 1:  # IPv4 and IPv6 were each given a free one
+            server.close()
+            server = await asyncio.start_server(self._guest, host, ports.pop())
+        address = f"{name or host or gethostname()}:{server.sockets[0].getsockname()[1]}"
+        write_atomically(self._folder / ADDRESS, address + "\n")
+        self._say(f"meeting point at {address}, ledger in {self._folder}")
         looking = asyncio.create_task(self._look())
         async with server:
             await self._done.wait()

@@ -7,6 +7,8 @@ from enum import Enum
 
 from parallel.ledger import Range
 
+ADDRESS = "address"
+"""The file in a meeting point's folder that tells HOST:PORT."""
 STATELESS = -1
 """In place of a checkpoint's sync: a head that has begun once and can only begin again with another one's state."""
 

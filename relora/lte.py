@@ -127,7 +127,8 @@ class LteConfig:
     merge_precision: MergePrecision = MergePrecision.split
     """How a bfloat16 base weight takes up a sync: split, stochastic or nearest; no matter in float32."""
     meeting: str | None = None
-    """HOST:PORT of the meeting point of heads that are jobs of their own; null: all heads are processes of this one."""
+    """HOST:PORT of the meeting point of heads that are jobs of their own, or its folder, as a path with a /; null: all
+    heads are processes of this one."""
     quorum: int | None = None
     """Fewest heads that make a sync at a meeting point; null: more than half of lte.heads."""
     wait_seconds: float = 60.0

@@ -115,6 +115,12 @@ def tiny(tiny_in, tmp_path):
     return tiny_in(tmp_path / "run")
 
 
+@pytest.fixture(scope="session")
+def tiny_words(tiny_in):
+    """Those overrides but the folder."""
+    return [word for word in tiny_in("") if not word.startswith("run.dir=")]
+
+
 LONG = ["test_slurm.py", "test_submit.py", "test_elastic.py", "test_kill.py", "test_launch/test_processes.py",
         "test_launch/test_heads.py", "test_train.py", "test_parallel/test_heads.py", "test_stream_layouts.py",
         "test_layouts.py"]  # fmt: skip

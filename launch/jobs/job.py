@@ -1,4 +1,4 @@
-"""A run, or the runs of a sweep, as they will be started: composed, checked, with their folders named.
+"""A run, the runs of a sweep, or a run that becomes several jobs: composed, checked, with their folders named.
 
 What can be wrong is looked for here, before anything waits in a queue: the runs' configurations, and the layout of
 their processes.
@@ -9,9 +9,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from launch.config import TrainConfig, load
+from launch.jobs.arrays import MEETING, MEETING_ID, Member, check_arrays, heads_of, is_of_heads, tasks_of
 from launch.jobs.launcher import (
     LocalConfig,
     MpiConfig,
@@ -22,7 +24,7 @@ from launch.jobs.launcher import (
     of_launcher,
 )
 from launch.jobs.network import NO_PREFLIGHT, RESTARTABLE
-from launch.jobs.slurm_script import job_script
+from launch.jobs.slurm_script import job_script, meeting_script
 from launch.jobs.sweep import Choice, expand
 from launch.rules import check_mesh
 from launch.training.run_folder import default_folder
@@ -31,14 +33,26 @@ from relora.errors import ConfigError
 from relora.lte import Transport
 
 
+class Shape(str, Enum):
+    """What is started."""
+
+    run = "run"
+    sweep = "sweep"
+    heads = "heads"
+    """Elastic heads, a job each, and a small one where they meet."""
+    chain = "chain"
+    """A stream, a job for each task."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One run, or the runs of a sweep."""
+    """What one command starts."""
 
+    shape: Shape
     launcher: LocalConfig
     name: str
     folder: Path
-    """The run folder, or the one that holds those of a sweep."""
+    """The run folder, or the one that holds those of a sweep or of heads."""
     here: Path
     """Where training runs."""
     runs: list[tuple[list[str], Path]]
@@ -51,18 +65,44 @@ class Job:
         """Where the job script, its logs and the attempts are kept."""
         return self.folder / "job"
 
+    @property
+    def array(self) -> str | None:
+        """The numbers of an array's jobs, as SLURM writes them; None for a single job."""
+        if self.shape is Shape.run:
+            return None
+        assert isinstance(self.launcher, SlurmConfig)
+        limit = 1 if self.shape is Shape.chain else self.launcher.concurrent
+        return f"0-{len(self.runs) - 1}" + (f"%{limit}" if limit is not None else "")
+
     def script(self) -> str:
         """The SLURM job script."""
         assert isinstance(self.launcher, SlurmConfig)
-        in_container = self.launcher.container_image is not None
+        options = []
+        if self.shape is Shape.heads and self.launcher.requeue:
+            options = ["--requeue-after", str(self.own / MEETING_ID)]
+        elif self.shape is Shape.chain:
+            options = ["--stop-is-done"]
         return job_script(
             self.launcher,
             self.runs,
-            array=self.choices is not None,
+            array=self.array,
             name=self.name,
             here=self.here,
-            python=self.launcher.python or ("python" if in_container else sys.executable),
+            python=_python(self.launcher),
             interpreter=sys.executable,
+            options=options,
+        )
+
+    def meeting_script(self) -> str:
+        """The script of the job where heads meet."""
+        assert isinstance(self.launcher, SlurmConfig)
+        return meeting_script(
+            self.launcher,
+            name=self.name,
+            here=self.here,
+            folder=self.folder / MEETING,
+            number=self.own / "job_id",
+            python=_python(self.launcher),
         )
 
     def commands(self) -> list[list[str]]:
@@ -104,16 +144,38 @@ def prepare(words: Sequence[str], *, sweep: bool = False) -> Job:
         _check(config, launcher)
     folder, here = default_folder(configs[0]), Path.cwd()
     if isinstance(launcher, SlurmConfig):
-        _check_slurm(launcher, here / folder, sweep=sweep)
-    named = configs[0].run.dir is not None
-    runs = []
-    if choices is None:
-        runs.append((own if named else [*own, f"run.dir={in_words(str(folder))}"], here / folder))
-    for number, one in enumerate(choices or []):
-        path = folder / f"{number:03d}"
-        words = [word for word in one.words if not word.startswith("run.dir=")]
-        runs.append(([*words, f"run.dir={in_words(str(path))}"], here / path))
-    return Job(launcher=launcher, name=configs[0].run.name, folder=here / folder, here=here, runs=runs, choices=choices)
+        _check_folder(here / folder)
+        check_arrays(configs[0], launcher, sweep=sweep)
+    shape = Shape.run
+    members = [Member(folder=folder)]
+    if choices is not None:
+        shape = Shape.sweep
+        members = [Member(folder=folder / f"{number:03d}") for number in range(len(choices))]
+    elif is_of_heads(configs[0], launcher):
+        shape, members = Shape.heads, heads_of(configs[0], folder, here)
+    elif isinstance(launcher, SlurmConfig) and launcher.chain:
+        shape, members = Shape.chain, tasks_of(configs[0], folder)
+    given = [one.words for one in choices] if choices is not None else [own] * len(members)
+    as_given = shape is Shape.run and configs[0].run.dir is not None
+    return Job(
+        shape=shape,
+        launcher=launcher,
+        name=configs[0].run.name,
+        folder=here / folder,
+        here=here,
+        runs=[
+            (words if as_given else _told(words, one), here / one.folder)
+            for words, one in zip(given, members, strict=True)
+        ],
+        choices=choices,
+    )
+
+
+def _told(words: Sequence[str], member: Member) -> list[str]:
+    """The words of `accrete train` for one of the jobs."""
+    settings = {**member.settings, "run.dir": str(member.folder)}
+    kept = [word for word in words if word.partition("=")[0] not in settings]
+    return [*kept, *(f"{key}={in_words(value)}" for key, value in settings.items())]
 
 
 def in_words(text: str) -> str:
@@ -175,8 +237,11 @@ def _check(config: TrainConfig, launcher: LocalConfig) -> None:
         check_mesh(config, mesh_of(count, tensor=config.parallel.tensor, heads=config.heads))
 
 
-def _check_slurm(launcher: SlurmConfig, folder: Path, *, sweep: bool) -> None:
+def _python(launcher: SlurmConfig) -> str:
+    """The interpreter of training processes."""
+    return launcher.python or ("python" if launcher.container_image is not None else sys.executable)
+
+
+def _check_folder(folder: Path) -> None:
     if set(str(folder)) & set("%\\"):
         raise ConfigError(f"run.dir={folder} has % or \\, which mean something to SLURM in a log's name: rename it")
-    if launcher.concurrent is not None and not sweep:
-        raise ConfigError("launcher.concurrent has no effect on a single run: leave it out, or sweep with --multirun")

@@ -118,7 +118,11 @@ class SlurmConfig(LocalConfig):
     exclude: str | None = None
     """Nodes to leave out."""
     concurrent: int | None = None
-    """Runs of a sweep that may run at once; null: all."""
+    """Runs of a sweep, or elastic heads, that may run at once; null: all."""
+    chain: bool = False
+    """Of a stream: a job for each task, one after the other, in place of one job for all."""
+    meeting: list[str] = field(default_factory=list)
+    """Options of sbatch for the small job where elastic heads meet, each as --name=value, such as --partition=cpu."""
     sbatch: list[str] = field(default_factory=list)
     """Further options of sbatch, each as --name=value."""
     container_image: str | None = None
@@ -165,12 +169,17 @@ class SlurmConfig(LocalConfig):
             raise ConfigError("launcher.container_mounts has no effect without launcher.container_image: set that, too")
 
     def _check_sbatch(self) -> None:
+        for key in ("sbatch", "meeting"):
+            for option in getattr(self, key):
+                if not option.startswith("--") or not _PLAIN.fullmatch(option):
+                    raise ConfigError(
+                        f"launcher.{key}: {option!r} must be --name or --name=value, without spaces or quotes"
+                    )
+        for option in self.meeting:
+            if (name := _name_of(option)) in _OWN:
+                raise ConfigError(f"launcher.meeting: --{name} is set by `accrete submit` itself")
         for option in self.sbatch:
-            name = option.removeprefix("--").partition("=")[0]
-            if not option.startswith("--") or not _PLAIN.fullmatch(option):
-                raise ConfigError(
-                    f"launcher.sbatch: {option!r} must be --name or --name=value, without spaces or quotes"
-                )
+            name = _name_of(option)
             if name in _OWN or name.replace("-", "_") in {"nodes", "time", "partition", "account", "qos", "constraint"}:
                 raise ConfigError(
                     f"launcher.sbatch: --{name} is set by `accrete submit` itself: see the launcher's keys"
@@ -213,6 +222,10 @@ def load_launcher(words: Sequence[str]) -> Launcher:
         raise ConfigError(f"launcher.{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, LocalConfig)
     return config
+
+
+def _name_of(option: str) -> str:
+    return option.removeprefix("--").partition("=")[0]
 
 
 def _at_least(key: str, value: int | None, least: int) -> None:

@@ -6,7 +6,7 @@ which SLURM reads by rules of its own, is restricted by launch/jobs/launcher.py.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.jobs.launcher import SlurmConfig, Start
@@ -21,31 +21,35 @@ def job_script(
     config: SlurmConfig,
     runs: Sequence[tuple[list[str], Path]],
     *,
-    array: bool,
+    array: str | None,
     name: str,
     here: Path,
     python: str,
     interpreter: str,
+    options: Sequence[str] = (),
 ) -> str:
     """The script; it must be submitted from the folder that its log belongs into.
 
     Args:
         runs: overrides of `accrete train`, run.dir among them, and the run folder; one, or with `array` any number.
+        array: the numbers of an array's jobs, as SLURM writes them.
         here: where training runs, so that relative paths mean what they meant to the user.
         python: the interpreter of the training processes.
         interpreter: a Python for the supervisor, which needs no packages.
+        options: further words for the supervisor.
     """
     parts = [
         "#!/bin/bash",
-        *_header(config, name, f"0-{len(runs) - 1}" if array else None),
+        *_header(config, name, array),
         "",
         f"cd -- {shlex.quote(str(here))} || exit",
         *_environment(config),
         "",
-        *(_of_array(runs) if array else _run(*runs[0])),
+        *(_run(*runs[0]) if array is None else _of_array(runs)),
         *_meeting(config),
         f'exec {shlex.quote(interpreter)} -m launch.jobs.supervise --run-dir "$run" \\',
-        f"  --attempts {config.attempts}{_hang(config)}{' --requeue' if config.requeue else ''} -- \\",
+        f"  --attempts {config.attempts}{_hang(config)}{' --requeue' if config.requeue else ''} "
+        f"{''.join(shlex.quote(word) + ' ' for word in options)}-- \\",
         *_command(config, shlex.quote(python)),
     ]
     return "\n".join(parts) + "\n"
@@ -53,6 +57,64 @@ def job_script(
 
 def _hang(config: SlurmConfig) -> str:
     return "" if config.hang_seconds == HANG_SECONDS else f" --hang-seconds {config.hang_seconds:g}"
+
+
+def meeting_script(config: SlurmConfig, *, name: str, here: Path, folder: Path, number: Path, python: str) -> str:
+    """The script of the small job where elastic heads meet.
+
+    Args:
+        folder: the meeting point's.
+        number: the file that will hold the number of the heads' job.
+    """
+    given = {option.removeprefix("--").partition("=")[0] for option in config.meeting}
+    options: dict[str, str | int | None] = {
+        "job-name": f"{_plain(name)}_meeting",
+        "nodes": 1,
+        "ntasks": 1,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "time": config.time,
+        "signal": f"B:USR1@{_LAST_SECONDS}",
+        "output": "meeting-%j.log",
+        "open-mode": "append",
+    }
+    meet = [
+        *(["srun --ntasks=1", *_container(config)] if config.container_image is not None else []),
+        f"{shlex.quote(python)} -m launch.meet --folder {shlex.quote(str(folder))} --port 0",
+        '  --name "$SLURMD_NODENAME" &',
+    ]
+    lines = [
+        "#!/bin/bash",
+        *_options({key: value for key, value in options.items() if key not in given}, config),
+        *(f"#SBATCH {option}" for option in config.meeting),
+        "",
+        f"cd -- {shlex.quote(str(here))} || exit",
+        *_modules(config),
+        *_variables(config),
+        "",
+        *_continued(meet),
+        "meet=$!",
+    ]
+    if config.requeue:
+        lines += [
+            "# All that counts is on disk. The command must outlive the end that SLURM has for this job's processes.",
+            """trap '(trap "" TERM; exec scontrol requeue "$SLURM_JOB_ID") && sleep 60' USR1""",
+        ]
+    return "\n".join([*lines, _LOOKING.format(number=shlex.quote(str(number)))])
+
+
+_LAST_SECONDS = 5
+"""Before its time limit the meeting point lets heads that have the same limit leave in order."""
+_LOOKING = """\
+while kill -0 "$meet" 2>/dev/null; do
+  sleep 30 &
+  wait -n "$meet" "$!"
+  # heads that were cancelled or given up leave nobody to meet
+  left=$(squeue --noheader --format=%i --jobs="$(cat {number})" 2>/dev/null) && [ -z "$left" ] && kill "$meet"
+done
+wait "$meet"
+"""
 
 
 def _run(words: Sequence[str], run_dir: Path) -> list[str]:
@@ -69,32 +131,38 @@ def _of_array(runs: Sequence[tuple[list[str], Path]]) -> list[str]:
 def _header(config: SlurmConfig, name: str, array: str | None) -> list[str]:
     nodes = f"{config.least_nodes}-{config.nodes}" if config.least_nodes is not None else str(config.nodes)
     tasks = 1 if config.start is Start.torchrun else config.node_processes
-    options: list[tuple[str, str | int | None]] = [
-        ("job-name", re.sub(r"[^A-Za-z0-9_.-]", "_", name)),
-        ("nodes", nodes),
-        ("ntasks-per-node", tasks),
-        ("cpus-per-task", config.cpus_per_node and max(1, config.cpus_per_node // tasks)),
-        ("gpus-per-node", config.gpus_per_node),
-        ("mem", config.memory),
-        ("partition", config.partition),
-        ("account", config.account),
-        ("qos", config.qos),
-        ("time", config.time),
-        ("constraint", config.constraint),
-        ("exclude", config.exclude),
-        ("array", array and (f"{array}%{config.concurrent}" if config.concurrent is not None else array)),
-        ("signal", f"B:USR1@{config.signal_seconds}"),
-        ("output", "slurm-%j.log" if array is None else "slurm-%A_%a.log"),
-        ("open-mode", "append"),
-    ]
-    lines = [f"#SBATCH --{option}={value}" for option, value in options if value is not None]
-    lines.append("#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue")
-    return lines + [f"#SBATCH {option}" for option in config.sbatch]
+    options: dict[str, str | int | None] = {
+        "job-name": _plain(name),
+        "nodes": nodes,
+        "ntasks-per-node": tasks,
+        "cpus-per-task": config.cpus_per_node and max(1, config.cpus_per_node // tasks),
+        "gpus-per-node": config.gpus_per_node,
+        "mem": config.memory,
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "time": config.time,
+        "constraint": config.constraint,
+        "exclude": config.exclude,
+        "array": array,
+        "signal": f"B:USR1@{config.signal_seconds}",
+        "output": "slurm-%j.log" if array is None else "slurm-%A_%a.log",
+        "open-mode": "append",
+    }
+    return [*_options(options, config), *(f"#SBATCH {option}" for option in config.sbatch)]
+
+
+def _options(options: Mapping[str, str | int | None], config: SlurmConfig) -> list[str]:
+    lines = [f"#SBATCH --{option}={value}" for option, value in options.items() if value is not None]
+    return [*lines, "#SBATCH --requeue" if config.requeue else "#SBATCH --no-requeue"]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def _environment(config: SlurmConfig) -> list[str]:
-    lines = [f"module load {shlex.quote(module)}" for module in config.modules]
-    lines += config.setup
+    lines = _modules(config)
     if config.cpus_per_node is not None:
         lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"  # srun does not take it from the job')
         threads = max(1, config.cpus_per_node // config.node_processes)
@@ -109,7 +177,15 @@ def _environment(config: SlurmConfig) -> list[str]:
     lines += [f"export {name}={shlex.quote(value)}  # {reason}" for name, value, reason in network]
     if not config.preflight:
         lines.append(f"export {'='.join(NO_PREFLIGHT)}  # launcher.preflight=false")
-    return lines + [f"export {name}={shlex.quote(value)}" for name, value in (config.environment or {}).items()]
+    return lines + _variables(config)
+
+
+def _modules(config: SlurmConfig) -> list[str]:
+    return [f"module load {shlex.quote(module)}" for module in config.modules] + config.setup
+
+
+def _variables(config: SlurmConfig) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in (config.environment or {}).items()]
 
 
 def _meeting(config: SlurmConfig) -> list[str]:
@@ -124,11 +200,8 @@ def _command(config: SlurmConfig, python: str) -> list[str]:
     lines = [
         f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="${count}" --ntasks-per-node={tasks}',
         "--kill-on-bad-exit=1" + (" --mpi=pmix" if config.start is Start.pmix else ""),
+        *_container(config),
     ]
-    if config.container_image is not None:
-        lines.append(f"--container-image={shlex.quote(config.container_image)}")
-    if config.container_mounts:
-        lines.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
     if config.start is Start.torchrun:
         lines += [
             f'{python} -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES"',
@@ -138,4 +211,18 @@ def _command(config: SlurmConfig, python: str) -> list[str]:
         ]
     else:
         lines.append(f'{python} -m launch.train "${{words[@]}}"')
-    return [*(f"  {line} \\" for line in lines[:-1]), f"  {lines[-1]}"]
+    return [f"  {line}" for line in _continued(lines)]
+
+
+def _container(config: SlurmConfig) -> list[str]:
+    """What srun is told of a container."""
+    lines = []
+    if config.container_image is not None:
+        lines.append(f"--container-image={shlex.quote(config.container_image)}")
+    if config.container_mounts:
+        lines.append(f"--container-mounts={shlex.quote(','.join(config.container_mounts))}")
+    return lines
+
+
+def _continued(lines: Sequence[str]) -> list[str]:
+    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]

@@ -41,10 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempts", type=int, default=3, help="attempts in a row without progress")
     parser.add_argument("--hang-seconds", type=float, default=HANG_SECONDS, help="without a sign of life, 0: for ever")
     parser.add_argument("--requeue", action="store_true", help="put the SLURM job back into the queue to go on")
+    parser.add_argument("--requeue-after", type=Path, help="not to run before the job has begun whose number is there")
+    parser.add_argument("--stop-is-done", action="store_true", help="a run that stops by its own settings is done")
     parser.add_argument("command", nargs="+")
     words = parser.parse_args(argv)
-    job = SlurmJob(job_number(os.environ)) if words.requeue else None
-    supervisor = Supervisor(words.run_dir, words.command, limit=words.attempts, job=job, hang=words.hang_seconds)
+    job = SlurmJob(job_number(os.environ), after=words.requeue_after) if words.requeue else None
+    supervisor = Supervisor(
+        words.run_dir,
+        words.command,
+        limit=words.attempts,
+        job=job,
+        hang=words.hang_seconds,
+        stop_is_done=words.stop_is_done,
+    )
     return supervisor.work()
 
 
@@ -58,8 +67,8 @@ def job_number(environment: Mapping[str, str]) -> str:
 class SlurmJob:
     """The job that this process is the script of."""
 
-    def __init__(self, number: str) -> None:
-        self.number = number
+    def __init__(self, number: str, *, after: Path | None = None) -> None:
+        self.number, self._after = number, after
 
     def alive(self, host: str) -> bool:
         """Whether a machine of the job takes a step."""
@@ -74,7 +83,7 @@ class SlurmJob:
     def requeue(self, exclude: Sequence[str]) -> bool:
         """Put the job back into the queue, to run without some machines; False if SLURM refuses.
 
-        SLURM asks this process to end soon after, and takes the list of machines only once the job waits.
+        SLURM asks this process to end soon after, and takes further wishes only once the job waits.
         """
         done = _asked(["scontrol", "requeue", self.number])
         if done.returncode:
@@ -83,6 +92,10 @@ class SlurmJob:
         if exclude:
             done = _asked(["scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(exclude)}"])
             _say(f"left out: {', '.join(exclude)}" if not done.returncode else done.stderr.strip())
+        if self._after is not None:
+            other = self._after.read_text(encoding="ascii").strip()
+            done = _asked(["scontrol", "update", f"JobId={self.number}", f"Dependency=after:{other}"])
+            _say(f"not before job {other} runs" if not done.returncode else done.stderr.strip())
         return True
 
 
@@ -98,9 +111,11 @@ class Supervisor:
         job: SlurmJob | None,
         restarts: bool = False,
         hang: float = HANG_SECONDS,
+        stop_is_done: bool = False,
     ) -> None:
         self._restarts = restarts  # whether the launcher itself starts processes anew after a failure
         self._hang = hang or math.inf
+        self._stop_is_done = stop_is_done
         self._attempts, self._command, self._limit, self._job = Attempts(run_dir), list(command), limit, job
         self._name = os.environ.get("SLURM_JOB_ID") or f"local-{secrets.token_hex(4)}"
         self._asked: list[str] = []
@@ -135,6 +150,8 @@ class Supervisor:
                 return decision.code
             if decision.next is Next.again:
                 continue
+            if self._stop_is_done and outcome.code == PREEMPTED and not outcome.again:
+                return DONE
             self._asked.clear()
             if decision.next is Next.elsewhere and self._job is not None and self._job.requeue(decision.exclude):
                 self._await_end()
@@ -209,12 +226,17 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _asked(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> "subprocess.CompletedProcess[str]":
     """What a command of SLURM answers; silence is a failure.
 
-    It is deaf to SIGTERM, which comes to all processes of a job while this very command puts it into the queue.
+    It is deaf from its very beginning to SIGTERM, which comes to all processes of a job that is put into the queue.
     """
-    command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command]
     try:
         return subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         )
     except (subprocess.TimeoutExpired, OSError) as error:
         return subprocess.CompletedProcess(command, FAILED, "", str(error))

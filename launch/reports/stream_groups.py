@@ -12,7 +12,15 @@ from launch.reports.history import History
 from launch.watching.stage_records import Stream, read_stream
 
 # What neither the result nor the method depends on, beside the seed itself.
-_FREE = ("run.", "tracker", "checkpoint.", "training.stop_after", "continual.save_models", "continual.restart_from")
+_FREE = (
+    "run.",
+    "tracker",
+    "checkpoint.",
+    "training.stop_after",
+    "continual.save_models",
+    "continual.restart_from",
+    "continual.stop_after",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from launch.training.pace import cycle, learning_rate, restart_follows
 from launch.training.requests import Wish, from_number, to_number
 from launch.training.run import Run, measure_update
 from launch.training.saves import note_published, save_checkpoint
-from launch.training.stages import begin_stage, end_stage, fold
+from launch.training.stages import begin_stage, end_stage, fold, stops_before
 from launch.training.state import RunState
 from launch.training.suspects import look_closer, with_suspect
 from launch.training.transition import begin_low_rank
@@ -42,6 +42,8 @@ def train(run: Run) -> bool:
     """
     state, clock = run.state, Stopwatch()
     for stage in run.course.remaining(state.step):
+        if stops_before(run, stage):
+            break
         run.stage = stage
         begin_stage(run, stage)
         clock.lap()

@@ -27,6 +27,7 @@ _FREE = (
     "continual.split",
     "continual.restart_from",
     "continual.save_models",
+    "continual.stop_after",
     "lte.heads",
     "lte.transport",
     "checkpoint.",

@@ -52,6 +52,12 @@ def begin_stage(run: Run, stage: Stage) -> None:
     )
 
 
+def stops_before(run: Run, stage: Stage) -> bool:
+    """Whether the run was to end before this stage."""
+    last = run.config.continual.stop_after if run.config.continual is not None else None
+    return any(one.name == last and one.index < stage.index for one in run.course.stages)
+
+
 def end_stage(run: Run, stage: Stage) -> None:
     """Let the method draw its conclusions, fold, measure all tasks, and write the checkpoint and the model."""
     state, config = run.state, run.config.continual

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import load_stored
+from launch.jobs.arrays import has_heads
 from launch.jobs.attempts import Attempt, Attempts, newest_step
 from launch.jobs.sweep import is_sweep
 from launch.training.requests import waiting
@@ -179,8 +180,12 @@ class Queue:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The runs in a folder, or the folder itself if it is one; those of a sweep one by one."""
-    if not is_sweep(folder) and ((folder / "config.yaml").is_file() or (folder / "job").is_dir()):
+    """The runs in a folder, or the folder itself if it is one; those of a sweep, and heads, one by one."""
+    if (
+        not is_sweep(folder)
+        and not has_heads(folder)
+        and ((folder / "config.yaml").is_file() or (folder / "job").is_dir())
+    ):
         return [folder]
     return _below(folder, _DEPTH)
 

@@ -66,6 +66,22 @@ def test_a_run_stopped_inside_a_task_and_between_tasks_ends_as_the_undisturbed_o
     assert same_end(folder, undisturbed(method))
 
 
+def test_a_process_ends_after_the_task_that_it_was_given_and_trains_nothing_when_asked_again(
+    undisturbed, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    for name, told in (("three", "is the last task: name one of one, two"), ("four", "is no task of this stream")):
+        assert train.main(words(folder, f"continual.stop_after={name}", method="sequential")) == exits.REFUSED
+        assert f"continual.stop_after={name} {told}" in capsys.readouterr().err
+    for _ in range(2):
+        assert train.main(words(folder, "continual.stop_after=one", method="sequential")) == exits.PREEMPTED
+        assert "stopped by continual.stop_after=one after step 4" in " ".join(capsys.readouterr().out.split())
+        assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_00000004"]
+    assert train.main(words(folder, method="sequential")) == exits.DONE
+    assert steps_of(folder) == steps_of(undisturbed("sequential"))
+    assert same_end(folder, undisturbed("sequential"))
+
+
 def _losing(run):
     """A fold that loses the update."""
     for layer in run.conversion.low_rank.values():

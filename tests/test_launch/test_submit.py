@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from launch.jobs.attempts import Attempt, Attempts, Next, decide, newest_step
 from launch.jobs.job import in_words
 from launch.jobs.launcher import LAUNCHERS, load_launcher
 from launch.jobs.leftovers import processes_of
+from launch.jobs.network import RESTARTABLE
 from launch.jobs.supervise import Supervisor
 from launch.training.run_folder import locked
 from launch.usage import field_docs
@@ -127,19 +129,66 @@ def test_a_sweep_is_every_combination_and_a_job_array_picks_its_words(capsys, mo
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-3%2\n" in script
     assert "#SBATCH --output=slurm-%A_%a.log\n" in script
-    script = script.replace(f"exec {sys.executable} -m launch.jobs.supervise", "exec printf '%s\\0'")
-    picked = []
-    for task in range(4):
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1"}
-        told = subprocess.run(
-            ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True
-        ).stdout
-        picked.append(told.split("\0")[-4:-1])
-        assert told.split("\0")[1] == str(tmp_path / f"runs/a b/{task:03d}")
-    assert picked == [
+    assert [told_by(script, task)[1] for task in range(4)] == [str(tmp_path / f"runs/a b/{n:03d}") for n in range(4)]
+    assert [told_by(script, task)[-3:] for task in range(4)] == [
         [f"lora.rank={rank}", f"optimizer.lr={lr}", f"run.dir='runs/a b/{task:03d}'"]
         for task, (rank, lr) in enumerate([(8, 0.1), (8, 0.01), (4, 0.1), (4, 0.01)])
     ]
+
+
+def told_by(script, task):
+    """What a job of an array hands to its supervisor and, at the end, to the run."""
+    script = script.replace(f"exec {sys.executable} -m launch.jobs.supervise", "exec printf '%s\\0'")
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_NUM_NODES": "1"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+HEADS = ["lte=elastic", "lte.heads=3", "training.global_batch_size=6", "evaluation.every=0", "checkpoint.every=0"]
+
+
+def test_elastic_heads_are_an_array_beside_a_small_job_where_they_meet(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [*HEADS, "run.dir=runs/a b", "run.name=ours", "tracker=wandb", "launcher=slurm", "launcher.start=srun"]
+    own = ["launcher.gpus_per_node=2", "launcher.partition=gpu", "launcher.meeting=['--partition=cpu']"]
+    assert submit.main([*words, *own, "--dry-run"]) == exits.DONE
+    assert list(tmp_path.iterdir()) == []
+    meeting, script = capsys.readouterr().out.split(f"# {tmp_path}/runs/a b/job/job.sh\n")
+    asked = re.findall(r"#SBATCH --(?:partition|gpus|array|job-name).*", meeting)
+    assert asked == ["#SBATCH --job-name=ours_meeting", "#SBATCH --partition=cpu"]
+    assert f"-m launch.meet --folder '{tmp_path}/runs/a b/meeting' --port 0" in meeting
+    subprocess.run(["bash", "-n", "-c", meeting], check=True)
+    assert "#SBATCH --array=0-2\n" in script
+    for task in range(3):
+        told = told_by(script, task)
+        assert told[1] == f"{tmp_path}/runs/a b/heads/00{task}"
+        assert told[4:7] == ["--requeue", "--requeue-after", f"{tmp_path}/runs/a b/job/meeting_id"]
+        assert told[-4:] == [
+            f"lte.meeting='{tmp_path}/runs/a b/meeting'",
+            "tracker.group='ours'",
+            f"run.name='ours-00{task}'",
+            f"run.dir='runs/a b/heads/00{task}'",
+        ]
+
+
+def test_a_head_that_is_told_where_to_meet_is_a_job_of_its_own(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([*HEADS, "lte.meeting=/shared/meeting", "launcher=slurm", "--dry-run"]) == exits.DONE
+    assert "--array" not in capsys.readouterr().out
+
+
+def test_a_stream_can_be_a_chain_of_jobs_each_to_the_end_of_its_task(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=digits_sequential", "run.dir=chain", "launcher=slurm", "launcher.start=srun"]
+    assert submit.main([*words, "launcher.chain=true", "--dry-run"]) == exits.DONE
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-3%1\n" in script
+    folders = [told_by(script, task)[1] for task in range(4)]
+    assert folders == [str(tmp_path / "chain")] * 4
+    assert told_by(script, 0)[4:6] == ["--requeue", "--stop-is-done"]
+    names = ["digits_0_to_3", "digits_4_5", "digits_6_7"]
+    assert [told_by(script, task)[-2] for task in range(3)] == [f"continual.stop_after='{name}'" for name in names]
+    assert told_by(script, 3)[-2:] == [words[0], "run.dir='chain'"]
 
 
 def test_a_sweep_here_trains_one_run_after_the_other_and_ends_with_a_table(tiny, tmp_path, capsys, monkeypatch):
@@ -174,6 +223,18 @@ def test_a_sweep_here_trains_one_run_after_the_other_and_ends_with_a_table(tiny,
     (["launcher=slurm", "launcher.container_mounts=['/a:/b']"], "launcher.container_mounts has no effect without"),
     (["launcher=slurm", "run.dir='50%'"], "mean something to SLURM"),
     (["launcher.environment={A-B: c}"], "launcher.environment: 'A-B' cannot name a variable"),
+    (["launcher=slurm", "launcher.chain=true"], "launcher.chain=true needs a stream of tasks"),
+    (["launcher=slurm", "launcher.chain=true", "experiment=digits_sequential", "continual.stop_after=digits_4_5"],
+     "continual.stop_after=digits_4_5 cannot be with launcher.chain=true"),
+    (["launcher=slurm", "launcher.chain=true", "experiment=digits_sequential", "continual.method=joint",
+      "continual.logits=seen"],
+     "launcher.chain=true has no effect with continual.method=joint"),
+    (["launcher=slurm", "launcher.chain=true", "experiment=digits_sequential", "launcher.concurrent=2"],
+     "launcher.concurrent has no effect on a single run"),
+    (["launcher=slurm", "launcher.meeting=['--time=9']"], "launcher.meeting=['--time=9'] has no effect without"),
+    (["launcher=slurm", "launcher.meeting=['--array=1']", *HEADS], "--array is set by `accrete submit` itself"),
+    (["launcher=slurm", "launcher.concurrent=1", *HEADS], "fewer heads run at once than a sync needs: at least lte.qu"),
+    (["launcher=slurm", "--multirun", "optimizer.lr=1,2", *HEADS], "--multirun cannot be with elastic heads"),
     (["launcher=slurm", "training.steps=-1"], "training.steps must not be negative"),
     (["launcher=torchrun", "launcher.processes=0"], "launcher.processes must be at least 1"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
@@ -385,39 +446,54 @@ def ranks(folder):
     return found
 
 
-def run_twofold(tiny, folder, *launcher, kill):
-    """A run of two processes, one of which may be killed; its records, and the number of attempts."""
-    own = [*launcher, "launcher.processes=2", "launcher.environment={OMP_NUM_THREADS: '1'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1"}
-    environment |= {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    bare = ["run.save_start=false", "run.save_final=false"]
-    command = [sys.executable, "-m", "launch.submit", *own, *tiny, "training.steps=40", *bare, f"run.dir={folder}"]
-    with (folder.parent / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        limit = time.monotonic() + 120
-        while kill and not (folder / "checkpoints/step_00000008").is_dir():
-            assert process.poll() is None and time.monotonic() < limit, (folder.parent / "log").read_text()  # noqa: PT018
-            time.sleep(0.02)
-        if kill:
-            os.kill(ranks(folder)[1], signal.SIGKILL)
-        assert process.wait(150) == exits.DONE, (folder.parent / "log").read_text()
+def trained(runtime, words):
+    """A run by processes that are there already."""
+    return train.run_command(load(words))
+
+
+def records(folder):
     kept = [r for r in read_records(folder / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
-    return [{k: v for k, v in record.items() if k not in TIMED} for record in kept], len(Attempts(folder).read())
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in kept]
+
+
+def with_a_killed_process(words, folder, *, after):
+    """Submit a run of two processes, one of which is killed once there is a checkpoint after so many steps."""
+
+    def kill():
+        limit = time.monotonic() + 200
+        while not (newest_step(folder) >= after and 1 in ranks(folder)) and time.monotonic() < limit:
+            time.sleep(0.02)
+        os.kill(ranks(folder)[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code = submit.main([*words, "launcher.processes=2", f"run.dir={folder}"])
+    killer.join()
+    return code
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_process_costs_a_torchrun_restart_or_an_attempt_and_changes_nothing(tiny, tmp_path):
-    whole, one = run_twofold(tiny, tmp_path / "whole", "launcher=torchrun", kill=False)
-    restarted, still_one = run_twofold(
-        tiny, tmp_path / "torchrun", "launcher=torchrun", "launcher.max_restarts=1", kill=True
-    )
-    anew, two = run_twofold(tiny, tmp_path / "mpi", "launcher=mpi", kill=True)
-    assert (one, still_one, two) == (1, 1, 2)
-    assert restarted == whole
-    assert anew == whole
-    assert newest_step(tmp_path / "mpi") == 40
-    assert json.loads((tmp_path / "mpi/summary.json").read_text())["status"] == "done"
+def test_a_killed_process_costs_a_torchrun_restart_or_an_attempt_and_changes_nothing(
+    tiny_words, tmp_path, monkeypatch, on_processes
+):
+    words = [*tiny_words, "training.steps=40", "run.save_start=false", "run.save_final=false"]
+    on_processes(trained, 2, [*words, f"run.dir={tmp_path / 'whole'}"], seconds=200)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    monkeypatch.setenv("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    monkeypatch.setenv(*RESTARTABLE)  # submit sets it in this process, too
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of other tests' runs in this process
+
+    torchrun, mpi = tmp_path / "torchrun", tmp_path / "mpi"
+    restarts = ["launcher=torchrun", "launcher.max_restarts=1"]
+    assert with_a_killed_process([*words, *restarts], torchrun, after=4) == exits.DONE
+    assert with_a_killed_process([*words, "launcher=mpi"], mpi, after=0) == exits.DONE
+    assert [len(Attempts(folder).read()) for folder in (torchrun, mpi)] == [1, 2]
+    assert records(torchrun) == records(mpi) == records(tmp_path / "whole")
+    assert newest_step(mpi) == 40
+    assert json.loads((mpi / "summary.json").read_text())["status"] == "done"
 
 
 def test_the_plain_scripts_are_shell():

@@ -222,6 +222,21 @@ def test_without_a_meeting_point_a_head_says_where_it_looked(runtime, port):
         ElasticHeads(runtime, config, TERMS, token="", checkpoint=0, wanted=None, era=0, patience_seconds=0.2)
 
 
+def test_heads_that_see_the_folder_find_the_meeting_point_by_it_wherever_it_is_now(runtime, meeting, tmp_path):
+    folder = tmp_path / "meeting"
+    limit = time.monotonic() + 10
+    while not (folder / "address").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    assert (folder / "address").read_text().strip() == meeting
+    (folder / "address").write_text("127.0.0.1:1\n")
+    later = threading.Timer(0.3, (folder / "address").write_text, [meeting + "\n"])
+    later.start()
+    head = join(runtime, str(folder))
+    assert head.number == 0
+    head.goodbye("is done")
+
+
 def test_the_command_needs_no_torch_and_refuses_a_port_in_use(tmp_path, port):
     program = "import sys, launch.meet, parallel.meeting_server; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parent.parent.parent
