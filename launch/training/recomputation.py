@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from relora.errors import ConfigError
+from relora.kernels.fused import two_products
 
 _aten = torch.ops.aten
 _KEPT = {
     *(_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm, _aten.baddbmm_),
+    two_products,
     _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_efficient_attention,
     _aten._scaled_dot_product_cudnn_attention,

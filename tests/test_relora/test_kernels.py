@@ -24,7 +24,8 @@ def run(*words, **more):
 
 
 def run_cases(**more):
-    chosen = [str(CASES), str(Path(__file__).with_name("test_paths.py")), "-k", f"{CASES.stem} or fused"]
+    files = [CASES, Path(__file__).with_name("test_paths.py"), CASES.parent / "test_launch" / "test_recomputation.py"]
+    chosen = [*map(str, files), "-k", f"{CASES.stem} or fused"]
     run("pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *chosen, **more)
 
 
