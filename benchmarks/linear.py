@@ -23,7 +23,12 @@ from launch import exits
 from launch.planning.flops import peak_flops
 from relora.choice import timed
 
-_CPU = {"layers": ["512x512", "1376x512"], "tokens": [512, 2048], "ranks": [8, 32, 128], "dtypes": ["float32"]}
+_CPU = {
+    "layers": ["512x512", "1024x1024", "1376x512"],
+    "tokens": [512, 2048],
+    "ranks": [8, 32, 128],
+    "dtypes": ["float32"],
+}
 _GPU = {
     "layers": ["1024x1024", "2048x2048", "4096x4096", "5461x2048", "11008x4096"],
     "tokens": [4096, 8192, 32768],

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from launch.planning.flops import operation_flops
 from launch.planning.microbatch import Ledger
-from relora.choice import measure, shape_of
+from relora.choice import candidates, fastest, measure, shape_of
 from relora.kernels.setting import run_on
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
@@ -106,8 +106,7 @@ def variants(shape: Shape, device: torch.device, *, compiled: bool) -> Compared:
     for path in paths:
         made[path.value] = update(layer := ours(path), layer)
     wanted = shape_of(ours(ForwardPath.addmm), tokens=shape.tokens, microbatches=shape.microbatches)
-    measured = measure(wanted, paths, device)
-    taken = min(paths, key=measured.__getitem__)
+    taken = fastest(measure(wanted, candidates(device, dtype, may_form=True), device))
     made[AUTO] = update(layer := ours(taken), layer)
     theirs = _peft_layer(weight, down, up)
     made[PEFT] = update(theirs, theirs)

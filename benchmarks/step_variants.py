@@ -201,7 +201,7 @@ def low_rank_paths(shape: Shape, runtime: Runtime, cache: Path) -> dict[str, Var
         for name, layer in layers.items():
             layer.path = of_each[name]
         plain = _around(engine, config, _batch(shape), runtime, flops=0)
-        flops = count_step_flops(plain.passes)  # of what Triton kernels compute nothing is seen
+        flops = count_step_flops(plain.passes)
         engine.step(0.0, lambda norm: "only counted")
         made[path.value] = replace(plain, flops=flops, passes=partial(_by, layers, of_each, plain.passes))
     return made

@@ -7,13 +7,14 @@ from day to day, so a choice is made once for a run and kept with its state; rel
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from relora.kernels.setting import INTERPRETED, run_on
 from relora.linear import LowRankLinear
 from relora.merged import formed_weights
 from relora.paths import ForwardPath
@@ -21,6 +22,7 @@ from relora.quantised import BaseFormat
 
 _SECONDS = 0.3  # of measurement for each path
 _LEAST, _MOST = 3, 50  # repetitions
+_CLEARLY = 0.95  # smaller differences are often the measurement's own
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -67,6 +69,16 @@ def shape_of(layer: LowRankLinear, *, tokens: int, microbatches: int) -> LayerSh
     )
 
 
+def candidates(device: torch.device, dtype: torch.dtype, *, may_form: bool) -> list[ForwardPath]:
+    """Return the paths that `auto` measures; `merged` only where its weights may be formed, and quickly."""
+    found = [ForwardPath.factored, ForwardPath.addmm]
+    if may_form and (dtype != torch.bfloat16 or run_on(device)):  # torch rounds by chance in 64-bit integers
+        found.append(ForwardPath.merged)
+    if run_on(device) and not INTERPRETED:  # which is for proofs, not for speed
+        found.append(ForwardPath.fused)
+    return found
+
+
 def measure(shape: LayerShape, paths: Sequence[ForwardPath], device: torch.device) -> dict[ForwardPath, float]:
     """Return the seconds of a microbatch's forward and backward by each path, with its share of forming a weight.
 
@@ -91,6 +103,12 @@ def measure(shape: LayerShape, paths: Sequence[ForwardPath], device: torch.devic
             x.grad = None
         turn += 1
     return best
+
+
+def fastest(times: Mapping[ForwardPath, float]) -> ForwardPath:
+    """Return the path to take: `addmm`, unless another one is clearly faster."""
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < _CLEARLY * times[ForwardPath.addmm] else ForwardPath.addmm
 
 
 def _passes(layer: LowRankLinear, x: Tensor, gradient: Tensor) -> None:

@@ -18,10 +18,10 @@ from launch.environment import processor
 from parallel.collectives import broadcast_object
 from parallel.files import write_atomically
 from parallel.runtime import Runtime
-from relora.choice import LayerShape, measure, shape_of
+from relora.choice import LayerShape, candidates, fastest, measure, shape_of
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
-from relora.kernels.setting import INTERPRETED, has_triton, run_on
+from relora.kernels.setting import has_triton, run_on
 from relora.paths import ForwardPath
 from relora.quantised import BaseFormat
 
@@ -66,7 +66,7 @@ def take_paths(model: nn.Module, config: TrainConfig, runtime: Runtime, kept: Ma
             if name not in mine
         }
         times = _times(set(shapes.values()), allowed, runtime.device, open_cache(config.data) / TABLE)
-        mine |= {name: min(allowed, key=times[shape].__getitem__).value for name, shape in shapes.items()}
+        mine |= {name: fastest(times[shape]).value for name, shape in shapes.items()}
     taken = broadcast_object(runtime, mine)
     for name, layer in layers.items():
         layer.path = ForwardPath(taken[name])
@@ -88,12 +88,8 @@ def told(taken: Mapping[str, str]) -> str:
 
 def _allowed(config: TrainConfig, device: torch.device) -> list[ForwardPath]:
     assert config.lora is not None
-    allowed = [ForwardPath.factored, ForwardPath.addmm]
-    if config.parallel.zero_stage < 3 and config.lora.dropout == 0 and config.lora.base is BaseFormat.full:
-        allowed.append(ForwardPath.merged)
-    if run_on(device) and not INTERPRETED:  # which is for proofs, not for speed
-        allowed.append(ForwardPath.fused)
-    return allowed
+    may_form = config.parallel.zero_stage < 3 and config.lora.dropout == 0 and config.lora.base is BaseFormat.full
+    return candidates(device, config.torch_dtype, may_form=may_form)
 
 
 def _times(

@@ -13,7 +13,7 @@ from launch.head_rules import check_hosted
 from launch.training.paths import _allowed, check_device
 from launch.watching.records import read_records
 from parallel.checkpoint import open_checkpoint
-from relora.choice import LayerShape, measure
+from relora.choice import LayerShape, fastest, measure
 from relora.errors import ConfigError
 from relora.paths import ForwardPath
 
@@ -88,6 +88,15 @@ def test_auto_measures_fused_where_kernels_run(monkeypatch, device):
     assert (ForwardPath.fused in allowed) == (device == "cuda")
 
 
+@pytest.mark.parametrize(("dtype", "device", "measured"), [
+    ("fp32", "cpu", True), ("bf16", "cpu", False), ("bf16", "cuda", True),
+])  # fmt: skip
+def test_auto_measures_merged_unless_torch_would_round_by_chance(monkeypatch, dtype, device, measured):
+    monkeypatch.setattr(relora.kernels.setting, "has_triton", lambda: True)
+    allowed = _allowed(load(["lora.forward=auto", f"training.dtype={dtype}"]), torch.device(device))
+    assert (ForwardPath.merged in allowed) == measured
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_run_has_the_same_losses_by_every_path(tiny, tmp_path, dtype):
     found = {}
@@ -147,3 +156,9 @@ def test_a_measurement_leaves_the_generators_alone_and_times_all_paths():
     assert all(0 < seconds < 1 for seconds in found.values())
     assert torch.equal(before, torch.get_rng_state())
     assert SHAPE.key == "24x16 rank 2 tokens 32x2 bfloat16 transposed split down frozen"
+
+
+def test_addmm_is_left_only_for_what_is_clearly_faster():
+    times = {ForwardPath.factored: 1.1, ForwardPath.addmm: 1.0, ForwardPath.merged: 0.98}
+    assert fastest(times) is ForwardPath.addmm
+    assert fastest({**times, ForwardPath.merged: 0.9}) is ForwardPath.merged

@@ -1,4 +1,7 @@
-"""Activation checkpointing of blocks: the same values and gradients whatever is kept."""
+"""Activation checkpointing of blocks: the same values and gradients whatever is kept.
+
+`fused` needs a place where kernels run: test_relora/test_kernels.py starts its test there.
+"""
 
 import os
 
@@ -13,6 +16,9 @@ from relora.errors import ConfigError
 from relora.merged import formed_weights
 from relora.paths import ForwardPath
 
+DEVICE = os.environ.get("KERNEL_DEVICE", "cpu")
+PATHS = [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged]
+PATHS += [ForwardPath.fused] if "KERNEL_DEVICE" in os.environ else []
 SHAPE = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -24,21 +30,18 @@ def model_of(path):
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     for layer in low_rank_modules(model).values():
         layer.path = path
-    return model.train()
+    return model.to(DEVICE).train()
 
 
 def gradients(model):
-    ids = torch.randint(97, (3, 7), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(97, (3, 7), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with formed_weights(model, seed=0, step=0):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
     return {"loss": loss.detach()} | {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
 
-FUSED = [ForwardPath.fused] if "KERNEL_DEVICE" in os.environ else []
-
-
-@pytest.mark.parametrize("path", [ForwardPath.factored, ForwardPath.addmm, ForwardPath.merged, *FUSED])
+@pytest.mark.parametrize("path", PATHS)
 def test_gradients_are_bitwise_the_same_whatever_is_kept(path):
     wanted = gradients(model_of(path))
     for kind in (Checkpointing.full, Checkpointing.selective):

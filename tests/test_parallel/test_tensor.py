@@ -180,7 +180,11 @@ SPECIAL = {
     "a low-rank output layer": (".*(q_proj|o_proj|lm_head)", {}),
     "only factors train": ("all-linear", {"dense": []}),
     "only norms train beside them": ("all-linear", {"dense": ["norms"]}),
-    **{f"the {path.value} path": ("all-linear", {"forward": path}) for path in ForwardPath},
+    **{
+        f"the {path.value} path": ("all-linear", {"forward": path})
+        for path in ForwardPath
+        if path is not ForwardPath.fused
+    },
 }
 
 

@@ -24,8 +24,8 @@ def run(*words, **more):
 
 
 def run_cases(**more):
-    others = [Path(__file__).with_name("test_paths.py"), CASES.parent / "test_launch" / "test_recomputation.py"]
-    chosen = [*map(str, [CASES, *others]), "-k", f"{CASES.stem} or fused"]
+    files = [CASES, Path(__file__).with_name("test_paths.py"), CASES.parent / "test_launch" / "test_recomputation.py"]
+    chosen = [*map(str, files), "-k", f"{CASES.stem} or fused"]
     run("pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *chosen, **more)
 
 
