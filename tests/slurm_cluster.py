@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 NETWORK = "10.78.0"
@@ -138,14 +139,27 @@ class Cluster:
             time.sleep(0.2)
 
     def hurry(self, number: str) -> None:
-        """Start at once what SLURM puts off for two minutes after a requeue.
+        """Start soon what SLURM puts off for two minutes after a requeue.
 
-        Not before the last start's processes are gone: SLURM would take their end for the new start's.
+        Not before the last start's processes are gone, nor within the second in which they were ended: SLURM would take
+        their end for the new start's.
         """
-        for row in self.ask("squeue", "-h", "-t", "PENDING", "-j", number, "-o", "%A %r").splitlines():
-            own, reason = row.split(maxsplit=1)
-            if reason == "BeginTime" and not _has_steps(own):
+        pending = ["squeue", "-h", "-t", "PENDING", "-j", number, "-o", "%A %V %r"]
+        for row in self.ask(*pending).splitlines():
+            own, requeued, reason = row.split(maxsplit=2)
+            ago = datetime.now() - datetime.fromisoformat(requeued)
+            if reason == "BeginTime" and ago.total_seconds() > 2 and not _has_steps(own):
                 self.run("scontrol", "update", f"JobId={own}", "StartTime=now")
+
+    def words_on(self, number: str) -> str:
+        """What SLURM's daemons have noted on a job."""
+        rows = [
+            f"{path.name}: {row}"
+            for path in sorted(self.folder.glob("log/slurm*"))
+            for row in path.read_text(errors="replace").splitlines()
+            if re.search(rf"\b{number}\b", row)
+        ]
+        return "\n".join(rows)
 
     def _started(self, node: int) -> str:
         return re.findall(r"SlurmdStartTime=\S+", self.ask("scontrol", "show", "node", f"n{node}"))[0]

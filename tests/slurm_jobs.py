@@ -95,7 +95,9 @@ class Job:
         """All that is known of the job."""
         logs = [f"== {path}\n{path.read_text(errors='replace')}" for path in self.run.rglob("job/**/*.log")]
         shown = self.cluster.run("scontrol", "show", "job", str(self.number)).stdout
-        return "\n".join([self.submitted.stdout, self.submitted.stderr, shown, str(self.attempts), *logs])
+        attempts = "\n".join(map(str, self.attempts))
+        told = [self.submitted.stdout, self.submitted.stderr, *logs, self.cluster.words_on(self.number), shown, attempts]
+        return "\n".join(told)
 
     def records(self):
         kept = [r for r in read_records(self.run / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
