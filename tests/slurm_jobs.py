@@ -96,8 +96,8 @@ class Job:
         logs = [f"== {path}\n{path.read_text(errors='replace')}" for path in self.run.rglob("job/**/*.log")]
         shown = self.cluster.run("scontrol", "show", "job", str(self.number)).stdout
         attempts = "\n".join(map(str, self.attempts))
-        told = [self.submitted.stdout, self.submitted.stderr, *logs, self.cluster.words_on(self.number), shown, attempts]
-        return "\n".join(told)
+        slurm = self.cluster.words_on(self.number)
+        return "\n".join([self.submitted.stdout, self.submitted.stderr, *logs, slurm, shown, attempts])
 
     def records(self):
         kept = [r for r in read_records(self.run / "metrics.jsonl") if r.get("event") not in ("resume", "checkpoint")]
