@@ -39,6 +39,9 @@ class Cluster(Protocol):
     def ask(self, *command: str) -> str:
         """What a command prints; it must succeed."""
 
+    def hurry(self, number: str) -> None:
+        """Start soon what SLURM puts off after a requeue."""
+
     def power_off(self, node: int) -> None:
         """Kill every process of a node."""
 
@@ -180,14 +183,14 @@ class SlurmRun(Run):
         return self._cluster.ask("squeue", "-h", "-t", "all", "-j", self.number, "-o", "%T")
 
     def keep_going(self) -> bool:
-        """Submit again what SLURM does not requeue; what it puts off for two minutes is done at once."""
+        """Submit again what SLURM does not requeue; what it puts off for two minutes is done soon."""
         state = self.state() if self.number else ""
         if state in ("RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED"):
             return False
         if state == "COMPLETED" and self.done:
             return True
         if state == "PENDING":
-            self._cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now", cwd=ROOT)
+            self._cluster.hurry(self.number)
             return False
         self.starts += 1
         command = [sys.executable, "-m", "launch.submit", *self._words]
