@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from parallel.output_loss import OutputLoss
+from relora.coded_moments import MomentFormat
 from relora.errors import ConfigError
 from relora.lte import DenseSync, Exchange, LteConfig, SyncReset
 from relora.paths import ForwardPath
@@ -59,7 +60,13 @@ def check_hosted(config: TrainConfig, hosted: int) -> None:
             f"a stream needs heads with processes of their own, and here each process holds {hosted} of "
             f"lte.heads={config.heads}: start a multiple of {config.heads} processes, or choose lte=none"
         )
-    needed = {"parallel.zero_stage": 0, "parallel.deepspeed": {}, "lte.ranks": None, "training.loss": OutputLoss.plain}
+    needed = {
+        "parallel.zero_stage": 0,
+        "parallel.deepspeed": {},
+        "lte.ranks": None,
+        "training.loss": OutputLoss.plain,
+        "optimizer.moments": MomentFormat.full,
+    }
     for key, value in needed.items():
         section, leaf = key.split(".")
         got = getattr(getattr(config, section), leaf) or value

@@ -28,6 +28,7 @@ from parallel.regions import Region
 from parallel.runtime import Axis, Runtime
 from parallel.shards import Shards
 from parallel.zero import BUCKET_ENTRIES, ParallelConfig, deepspeed_config
+from relora.coded_moments import CodedAdamW, MomentFormat
 from relora.linear import LowRankLinear
 
 Groups = Sequence[dict[str, Any]]
@@ -53,8 +54,8 @@ class SharedGradients(Protocol):
         """Replace gradients by their means over heads."""
 
 
-class _GatedAdamW(torch.optim.AdamW):
-    """AdamW that asks before it updates; the engine calls it when gradients are reduced and clipped."""
+class _Gated(torch.optim.Optimizer):
+    """Asks before it updates; the engine calls it when gradients are reduced and clipped."""
 
     gate: Callable[[], bool]
     shared: SharedGradients | None = None
@@ -74,6 +75,14 @@ class _GatedAdamW(torch.optim.AdamW):
         return [parameter.grad for parameter in dense]
 
 
+class _GatedAdamW(_Gated, torch.optim.AdamW):
+    """torch's."""
+
+
+class _GatedCodedAdamW(_Gated, CodedAdamW):
+    """Ours, with moments in 8 bits."""
+
+
 class Engine:
     """Trains one model: forward, backward, step, and access to what the optimizer holds.
 
@@ -90,6 +99,7 @@ class Engine:
         regions: Mapping[str, Region],
         betas: tuple[float, float],
         eps: float,
+        moments: MomentFormat = MomentFormat.full,
         microbatch_size: int,
         max_grad_norm: float,
     ) -> None:
@@ -104,7 +114,11 @@ class Engine:
         self._runtime = runtime
         self._stage = parallel.zero_stage
         self._max_grad_norm = max_grad_norm
-        self._optimizer = _GatedAdamW(list(groups), betas=betas, eps=eps, fused=True)
+        self._optimizer: _Gated = (
+            _GatedAdamW(list(groups), betas=betas, eps=eps, fused=True)
+            if moments is MomentFormat.full
+            else _GatedCodedAdamW(list(groups), betas=betas, eps=eps)
+        )
         self._optimizer.gate = self._may_update
         self._admit: Callable[[float], str | None] | None = None
         self._result: StepResult | None = None

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from parallel.zero import BUCKET_ENTRIES, Offload, ParallelConfig
+from relora.coded_moments import MomentFormat, bytes_of_moments, bytes_of_update
 
 FP32 = 4
 EXTRA_BITS = 2
@@ -115,6 +116,7 @@ def footprint(
     data: int,
     microbatches: int = 1,
     checkpointing: bool = False,
+    moments: MomentFormat = MomentFormat.full,
 ) -> Footprint:
     """What a process holds.
 
@@ -128,14 +130,19 @@ def footprint(
     section = settings.get("zero_optimization", {})
     stage, bf16 = section.get("stage", 0), "bf16" in settings
     if stage == 0:
-        return _replicas(held, data)
-    if stage == 3:
+        result, part = _replicas(held, data), trainable_entries(held)
+    elif stage == 3:
         pinned = 0 if checkpointing else sum(one.entries for one in held if one.pinned)
-        return _stage_three(held, parallel, section, bf16=bf16, data=data, pinned=pinned)
-    if bf16 and stage == 1 and parallel.offload is Offload.none:
+        result, part = _stage_three(held, parallel, section, bf16=bf16, data=data, pinned=pinned)
+    elif bf16 and stage == 1 and parallel.offload is Offload.none:
         immediate = bool(settings["bf16"].get("immediate_grad_update", False))
-        return _bf16_optimizer(held, parallel, data=data, immediate=immediate)
-    return _stages_one_and_two(held, parallel, section, bf16=bf16, data=data, microbatches=microbatches)
+        result, part = _bf16_optimizer(held, parallel, data=data, immediate=immediate)
+    else:
+        result, part = _stages_one_and_two(held, parallel, section, bf16=bf16, data=data, microbatches=microbatches)
+    offloaded = parallel.offload is not Offload.none
+    result.keep(Kind.moments, bytes_of_moments(part, moments), on_host=offloaded)
+    result.in_step = max(result.in_step, 0 if offloaded else bytes_of_update(part, moments))
+    return result
 
 
 def groups_of(held: Sequence[Held]) -> list[list[int]]:
@@ -167,14 +174,18 @@ def _replicas(held: Sequence[Held], data: int) -> Footprint:
     result, trainable = Footprint(), trainable_entries(held)
     _keep_weights(result, held, FP32)
     result.keep(Kind.gradients, trainable * FP32)
-    result.keep(Kind.moments, 2 * trainable * FP32)
     if data > 1:
         result.in_step = min(trainable, BUCKET_ENTRIES) * FP32
     return result
 
 
-def _bf16_optimizer(held: Sequence[Held], parallel: ParallelConfig, *, data: int, immediate: bool) -> Footprint:
-    """bf16 at stages 0 and 1: gradients are summed in fp32 over all parameters, whatever is partitioned."""
+def _bf16_optimizer(
+    held: Sequence[Held], parallel: ParallelConfig, *, data: int, immediate: bool
+) -> tuple[Footprint, int]:
+    """bf16 at stages 0 and 1: gradients are summed in fp32 over all parameters, whatever is partitioned.
+
+    Returns how many entries have moments here, too, as every function here does.
+    """
     result, parts = Footprint(), data if parallel.zero_stage > 0 else 1
     groups = groups_of(held)
     sizes = [flat_size(group, parts) for group in groups]
@@ -182,12 +193,11 @@ def _bf16_optimizer(held: Sequence[Held], parallel: ParallelConfig, *, data: int
     low_precision = 0 if immediate else 2 * trainable_entries(held)
     result.keep(Kind.gradients, sum(sizes) * FP32 + low_precision)
     result.keep(Kind.masters, sum(sizes) // parts * FP32)
-    result.keep(Kind.moments, 2 * sum(sizes) // parts * FP32)
     if parallel.zero_stage > 0:  # DeepSpeed flattens a bucket of several tensors, and sums a bf16 copy of it
         result.in_step = max(sum(one) * (2 if len(one) == 1 else FP32 + 2) for one in _buckets(sizes))
     elif data > 1:
         result.in_step = min(sum(sizes), BUCKET_ENTRIES) * FP32
-    return result
+    return result, sum(sizes) // parts
 
 
 def _stages_one_and_two(
@@ -198,7 +208,7 @@ def _stages_one_and_two(
     bf16: bool,
     data: int,
     microbatches: int,
-) -> Footprint:
+) -> tuple[Footprint, int]:
     result, width = Footprint(), 2 if bf16 else FP32
     groups = groups_of(held)
     sizes = [flat_size(group, data) for group in groups]
@@ -206,7 +216,6 @@ def _stages_one_and_two(
     offloaded = parallel.offload is not Offload.none
     _keep_weights(result, held, width, padding=sum(sizes) - trainable)
     result.keep(Kind.masters, part * FP32, on_host=offloaded)
-    result.keep(Kind.moments, 2 * part * FP32, on_host=offloaded)
     touched = sum(_touched(group, data) for group in groups) * FP32
     largest = max(max(group) for group in groups)
     bucket, copies = int(section["reduce_bucket_size"]), 2 if section.get("overlap_comm") else 1
@@ -226,12 +235,12 @@ def _stages_one_and_two(
         result.keep(Kind.buffers, largest * width)
         if not bf16 and section["stage"] == 2 and microbatches > 1:
             result.keep(Kind.gradients, touched, on_host=True)
-    return result
+    return result, part
 
 
 def _stage_three(
     held: Sequence[Held], parallel: ParallelConfig, section: Mapping[str, Any], *, bf16: bool, data: int, pinned: int
-) -> Footprint:
+) -> tuple[Footprint, int]:
     result, width = Footprint(), 2 if bf16 else FP32
     offloaded, weights_on_host = parallel.offload is not Offload.none, parallel.offload is Offload.all
     for one in held:
@@ -241,14 +250,13 @@ def _stage_three(
     parts = [sum(piece(size, data) for size in group) for group in groups_of(held)]
     part = sum(parts)
     result.keep(Kind.masters, part * FP32, on_host=offloaded)
-    result.keep(Kind.moments, 2 * part * FP32, on_host=offloaded)
     result.keep(Kind.gradients, part * FP32 * (2 if offloaded else 1), on_host=offloaded)
     result.keep(Kind.buffers, int(section["reduce_bucket_size"]) * width)
     whole = Gathering(held, section, data=data)
     result.keep(Kind.buffers, whole.kept * width)
     result.in_forward = (min(whole.live + pinned, whole.passing) + whole.arriving) * width
     result.in_step = 0 if offloaded else min(max(parts), int(section.get("sub_group_size", 1e9))) * FP32
-    return result
+    return result, part
 
 
 class Gathering:

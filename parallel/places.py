@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora.coded_moments import Coded, CodedPart
+
 
 @dataclass(slots=True, frozen=True)
 class Place:
@@ -29,6 +31,10 @@ class Place:
     def of(self, tensor: Tensor) -> Tensor:
         """The range in a tensor of the owner's layout, flat."""
         return tensor.view(-1).narrow(0, self.offset, self.count)
+
+    def of_moment(self, moment: Tensor | Coded) -> Tensor | CodedPart:
+        """The range in one of Adam's moments."""
+        return moment.part(self.offset, self.count) if isinstance(moment, Coded) else self.of(moment)
 
 
 def trainable_places(optimizer: torch.optim.Optimizer, zero: Any, groups: Sequence[Sequence[nn.Parameter]]) -> Any:
@@ -80,7 +86,7 @@ def drop_whole(parameters: Iterable[Any]) -> None:
             parameter.partition()
 
 
-def state_of(optimizer: torch.optim.Optimizer, owner: Tensor) -> Mapping[str, Tensor] | None:
+def state_of(optimizer: torch.optim.Optimizer, owner: Tensor) -> Mapping[str, Any] | None:
     """Adam's state of an owner, or None before the first update."""
     return optimizer.state.get(owner) or None  # indexing would make an empty state
 

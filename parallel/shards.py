@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from parallel.places import Place, drop_whole, is_partitioned, piece, piece_rang
 from parallel.regions import Region
 from parallel.regions import whole as whole_region
 from parallel.runtime import Runtime
+from relora.coded_moments import Coded, CodedAdamW, CodedPart, numbers
 from relora.convert import low_rank_modules
 from relora.linear import BasePart, LowRankLinear
 from relora.optimizer import Moments
@@ -125,7 +127,7 @@ class Shards:
         state = state_of(self._optimizer, place.owner)
         if state is None:
             return None
-        exp_avg, exp_avg_sq = place.of(state["exp_avg"]), place.of(state["exp_avg_sq"])
+        exp_avg, exp_avg_sq = place.of_moment(state["exp_avg"]), place.of_moment(state["exp_avg_sq"])
         return Moments(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=state["step"])
 
     def first_moment(self, parameter: nn.Parameter) -> Tensor:
@@ -133,7 +135,7 @@ class Shards:
         moments, place = self.moments(parameter), self._places[parameter]
         assert moments is not None
         region = self._region(parameter).flat(place.start, place.count)
-        return self._whole(region, moments.exp_avg, parameter, spread=self._spread)
+        return self._whole(region, numbers(moments.exp_avg), parameter, spread=self._spread)
 
     def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
         """The entries of a whole tensor that `moments` holds, flat."""
@@ -295,7 +297,7 @@ class Shards:
                 parts["master"] = place.of(place.owner.detach())
             moments = self.moments(parameter)
             if moments is not None:
-                parts |= {"exp_avg": moments.exp_avg, "exp_avg_sq": moments.exp_avg_sq}
+                parts |= {"exp_avg": _kept(moments.exp_avg), "exp_avg_sq": _kept(moments.exp_avg_sq)}
                 optimizer[f"{name}/step"] = (whole_region(moments.step), moments.step)
             for key, part in parts.items():
                 optimizer[f"{name}/{key}"] = (region, part if region.is_flat else part.view(region.cut_shape))
@@ -314,10 +316,20 @@ class Shards:
             value = read("model", name, self._buffer_regions[name])
             if value is not None:
                 buffer.copy_(value.view_as(buffer))
+        coded: dict[Tensor, dict[str, Tensor]] = {}
         for parameter in self._places:
-            self._load_optimizer(parameter, read)
+            self._load_optimizer(parameter, read, coded)
+        for owner, moments in coded.items():
+            for key, values in moments.items():
+                self._optimizer.state[owner][key].store(0, values.to(owner.device))
 
-    def _load_optimizer(self, parameter: nn.Parameter, read: Read) -> None:
+    def _load_optimizer(self, parameter: nn.Parameter, read: Read, coded: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Take one parameter's state over.
+
+        Args:
+            coded: where moments that are kept in codes are put as numbers, in host memory: parameters may share a
+                block, which must be quantised once, when all of it is there.
+        """
         name, place, region = self._names[parameter], self._places[parameter], self._optimizer_region(parameter)
         if self.has_master(parameter):
             master = read("optimizer", f"{name}/master", region)
@@ -331,17 +343,23 @@ class Shards:
         for key in ("exp_avg", "exp_avg_sq"):
             value = read("optimizer", f"{name}/{key}", region)
             assert value is not None, f"a checkpoint with {name}'s step has its moments"
-            place.of(state[key]).copy_(value.reshape(-1))
+            whole = state[key]
+            if isinstance(whole, Coded):
+                owned = coded.setdefault(place.owner, {})
+                whole = owned.setdefault(key, whole.values(0, whole.entries).cpu())
+            place.of(whole).copy_(value.reshape(-1))
         state["step"].copy_(step)
 
-    def _state(self, owner: Tensor, step: Tensor) -> dict[str, Tensor]:
+    def _state(self, owner: Tensor, step: Tensor) -> dict[str, Any]:
+        if isinstance(self._optimizer, CodedAdamW):
+            return self._optimizer.begin(owner)
         if not self._optimizer.state.get(owner):
             self._optimizer.state[owner] = {
                 "step": torch.zeros_like(step, device=owner.device),
                 "exp_avg": torch.zeros_like(owner, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(owner, memory_format=torch.preserve_format),
             }
-        state: dict[str, Tensor] = self._optimizer.state[owner]
+        state: dict[str, Any] = self._optimizer.state[owner]
         return state
 
     # ---- regions
@@ -394,6 +412,11 @@ class Shards:
         if (spread or axes.data.index == 0) and (cut or axes.tensor.index == 0):
             region.put(whole, part.to(axes.device))
         return sum_over(axes.model, whole)
+
+
+def _kept(moment: Tensor | CodedPart) -> Tensor:
+    """A moment as a checkpoint keeps it; numbers made from codes go to host memory at once, where they fit."""
+    return numbers(moment).cpu() if isinstance(moment, CodedPart) else moment
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relora.coded_moments import CodedPart, MomentFormat, numbers
 from relora.convert import low_rank_modules
 from relora.errors import ConfigError
 from relora.hosted import heads_in
@@ -30,6 +31,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; one-dimensional parameters (norms, biases) are never decayed."""
+    moments: MomentFormat = MomentFormat.full
+    """Both moments in float32 (full) or in 8 bits (int8); docs/quantised.md."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,8 +63,8 @@ class Reset(str, Enum):
 class Moments:
     """Adam's state of one parameter: live views, edited in place."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Tensor | CodedPart
+    exp_avg_sq: Tensor | CodedPart
     step: Tensor
     """Updates behind the moments; an engine may share one tensor among the parameters of a group."""
 
@@ -101,7 +104,7 @@ def clear_moments(moments: Moments) -> None:
 @torch.no_grad()
 def step_sizes(moments: Moments, *, lr: float, beta: float, eps: float) -> Tensor:
     """What Adam's last update multiplied each entry of its corrected first moment by, flat."""
-    corrected: Tensor = moments.exp_avg_sq.flatten() / (1 - beta ** float(moments.step))
+    corrected: Tensor = numbers(moments.exp_avg_sq).flatten() / (1 - beta ** float(moments.step))
     return corrected.sqrt_().add_(eps).reciprocal_().mul_(lr)
 
 

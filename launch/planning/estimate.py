@@ -3,7 +3,7 @@
 Pure functions of a configuration and its skeletons; nothing is printed and nothing runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,7 +137,6 @@ def cost(
     """
     sequences = sequences or config.training.microbatch(layout.heads * layout.data)
     checkpointing = config.training.activation_checkpointing
-    recomputing = checkpointing is not Checkpointing.none
     skeleton, whole = (
         skeletons.get(low_rank=low_rank, tensor=tensor, sequences=sequences, checkpointing=checkpointing)
         for tensor in (layout.tensor, 1)
@@ -152,7 +151,7 @@ def cost(
     merges = relora is not None and lte is None  # else syncs merge, and restarts only draw anew
     pruning = relora is not None and relora.reset in (Reset.magnitude, Reset.random)
     masters_apart = layout.zero_stage == 3 or (bf16 and layout.zero_stage > 0)
-    stays = footprint(held, parallel, settings, data=layout.data, microbatches=microbatches, checkpointing=recomputing)
+    stays = _stays(config, held, parallel, settings, data=layout.data, microbatches=microbatches)
     if lte is not None:
         keep_between_syncs(stays, held, lte, _place(config, layout))
     return Cost(
@@ -173,6 +172,27 @@ def cost(
         all_restart={"summed": factor_bytes(whole.held)} if pruning else {},
         tensor_gradients=doubled * (2 if bf16 else FP32),
         sync=None if lte is None else sync_of(config, lte, held, layout),
+    )
+
+
+def _stays(
+    config: TrainConfig,
+    held: Sequence[Held],
+    parallel: ParallelConfig,
+    settings: Mapping[str, Any],
+    *,
+    data: int,
+    microbatches: int,
+) -> Footprint:
+    """What stays between microbatches."""
+    return footprint(
+        held,
+        parallel,
+        settings,
+        data=data,
+        microbatches=microbatches,
+        checkpointing=config.training.activation_checkpointing is not Checkpointing.none,
+        moments=config.optimizer.moments,
     )
 
 

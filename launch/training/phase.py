@@ -126,6 +126,7 @@ def make_engine(phase: Phase, config: TrainConfig, runtime: Runtime, paths: dict
         regions=regions,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         eps=config.optimizer.eps,
+        moments=config.optimizer.moments,
         microbatch_size=config.microbatch(runtime.batch.size),
         max_grad_norm=config.training.max_grad_norm,
     )

@@ -93,8 +93,9 @@ def test_a_run_syncs_learns_and_leaves_what_it_promises(run, tmp_path):
         (2, [*OUTER, "lora=none", "lte.compression=bf16"]),
         (4, ["lte.compression=int8", "parallel=zero2", "lte.exchange=dense"]),
         (2, ["lte.compression=fp8", "lte.exchange=factors", "lte.delay=2"]),
+        (2, ["lte.reset=factors", "lte.adam=scale", "lte.adam_scale=0.5", "optimizer.moments=int8"]),
     ],
-    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco", "residuals", "primes"],
+    ids=["plain-bf16", "zero3-dense", "zero2-tensor2", "overlapped", "diloco", "residuals", "primes", "8-bit-moments"],
 )
 def test_a_run_resumed_at_a_sync_is_bitwise_the_same(run, tmp_path, count, words):
     assert run("whole", count, *words) == exits.DONE
@@ -202,6 +203,7 @@ def test_a_head_that_diverges_ends_the_run_on_all(on_processes, tiny, tmp_path):
     (["parallel=zero2"], "parallel.zero_stage=2 needs heads with processes of their own"),
     (["lte.ranks=[2,4]"], "lte.ranks=[2, 4] needs heads with processes of their own"),
     (["training.loss=chunked"], "training.loss=chunked needs heads with processes of their own"),
+    (["optimizer.moments=int8"], "optimizer.moments=int8 needs heads with processes of their own"),
     (["training.microbatch_size=3"], "training.microbatch_size must divide"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(runtime, words, message, capsys, tmp_path, monkeypatch):

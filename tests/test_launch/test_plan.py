@@ -133,6 +133,8 @@ LAYOUTS = [
     ([*LOW_RANK, "lora.forward=factored"], 0, 1, 1, "bf16", "none"),
     ([*LOW_RANK, "lora.base=int8", "relora.merge_precision=nearest"], 0, 1, 1, "fp32", "none"),
     ([*LOW_RANK, "lora.base=nf4"], 2, 1, 2, "bf16", "none"),
+    ([*LOW_RANK, "optimizer.moments=int8"], 0, 1, 1, "fp32", "none"),
+    ([*LOW_RANK, "optimizer.moments=int8"], 3, 1, 2, "bf16", "all"),
 ]
 
 

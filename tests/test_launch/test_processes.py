@@ -109,14 +109,32 @@ def test_a_run_goes_on_on_any_other_layout_as_if_nothing_had_happened(run, undis
     _assert_same_run(tmp_path / "chain", undisturbed("one"), 1e-5)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), [("zero2", "bf16"), ("zero3-tensor2", "bf16"), ("zero3-tensor2", "fp32")])
-def test_a_run_resumed_on_its_own_layout_is_bitwise_the_same(run, tmp_path, layout, dtype):
-    words = [f"training.dtype={dtype}", "lora.dropout=0.1"]
+@pytest.mark.parametrize(("layout", "dtype", "moments"), [
+    ("zero2", "bf16", "full"), ("zero2", "bf16", "int8"),
+    ("zero3-tensor2", "bf16", "full"), ("zero3-tensor2", "fp32", "full"),
+])  # fmt: skip
+def test_a_run_resumed_on_its_own_layout_is_bitwise_the_same(run, tmp_path, layout, dtype, moments):
+    words = [f"training.dtype={dtype}", "lora.dropout=0.1", f"optimizer.moments={moments}"]
     assert run("whole", layout, *words) == exits.DONE
     for stop in (5, 12):  # where the warm start ends, and in a cycle
         assert run("parts", layout, *words, f"training.stop_after={stop}") == exits.PREEMPTED
     assert run("parts", layout, *words, "checkpoint.asynchronous=true") == exits.DONE
     _assert_same_run(tmp_path / "parts", tmp_path / "whole", 0.0)
+
+
+def test_moments_in_8_bits_train_alike_on_all_stages_though_their_blocks_differ(run, tmp_path):
+    for name in ("one", "zero3-tensor2"):
+        assert run(name, name, "optimizer.moments=int8") == exits.DONE
+    assert run("whole", "one") == exits.DONE
+    ours, theirs, whole = (
+        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl") if "loss" in r]
+        for name in ("one", "zero3-tensor2", "whole")
+    )
+    assert ours[0] == pytest.approx(whole[0], rel=1e-6)
+    assert ours == pytest.approx(whole, rel=0.01)
+    assert theirs == pytest.approx(ours, rel=0.01)
+    assert ours[-1] != theirs[-1]
+    assert ours[-1] < 0.8 * ours[0]
 
 
 def test_the_model_at_the_end_is_the_one_that_was_trained_and_start_the_one_it_began_from(run, tmp_path):

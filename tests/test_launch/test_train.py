@@ -110,6 +110,8 @@ def test_stopped_again_and_again_a_run_ends_with_the_very_metrics_of_the_undistu
     ["relora=none"],
     ["lora=none"],
     ["training.microbatch_size=1"],
+    ["optimizer.moments=int8"],
+    ["optimizer.moments=int8", "training.dtype=bf16", "relora.reset=magnitude", "relora.prune_ratio=0.9"],
 ], ids=" ".join)  # fmt: skip
 def test_every_kind_of_run_resumes_bitwise(tiny, tmp_path, more):
     if more in (["relora=none"], ["lora=none"]):
