@@ -62,40 +62,51 @@ def train(run: Run) -> bool:
 
 def train_stage(run: Run, stage: Stage, clock: Stopwatch) -> bool:
     """Train a stage to its end, unless the run is asked to stop; returns whether it is at its end."""
-    config, state = run.config, run.state
+    state = run.state
     while state.step < stage.end and not _asked_to_stop(run):
         with run.pulse.step():
             update(run, clock)
         at_end = state.step == stage.end
-        warm_start_ends = state.step == config.warm_start_steps and not at_end
-        restarts = restart_asked(run) or restart_follows(config, stage, state.step)
-        if run.elastic is not None:
-            meet_others(run)
-        elif run.sync is not None:
-            sync_run(run, everything=restarts or at_end)
-        if restarts:
-            fold(run)
+        restarts = _merge(run, stage, at_end=at_end)
         wishes = run.wishes.agreed if together(run) else frozenset()
-        if _due(config.evaluation.every, state.step) or at_end or Wish.evaluate in wishes:
+        if _due(run.config.evaluation.every, state.step) or at_end or Wish.evaluate in wishes:
             evaluate(run)
             grant(run, Wish.evaluate)
             if run.sync is not None and not restarts and not at_end:
                 measure_update(run)  # far more work than a sync; restarts and the end have theirs
-        if warm_start_ends:
-            run.watch.event("warm_start_end", state.step)
-        due = _due(config.checkpoint.every, state.step) or Wish.checkpoint in wishes
-        run.checkpoint_due |= due and not at_end
-        if warm_start_ends or (run.checkpoint_due and not at_end and not _refused(run)):
-            save_checkpoint(run)
-        if Wish.checkpoint in wishes and (at_end or not run.checkpoint_due):
-            run.saver.wait()  # whoever asked wants it on disk
-            grant(run, Wish.checkpoint)
-        if warm_start_ends:
-            begin_low_rank(run)
+        _save(run, at_end=at_end, asked=Wish.checkpoint in wishes)
         note_published(run)
         state.train_seconds += clock.lap()
         run.wishes.cycle_ended = restarts or at_end
     return state.step == stage.end
+
+
+def _merge(run: Run, stage: Stage, *, at_end: bool) -> bool:
+    """What follows an update by the run's method: a sync of heads, a restart; returns whether it was a restart."""
+    restarts = restart_asked(run) or restart_follows(run.config, stage, run.state.step)
+    if run.elastic is not None:
+        meet_others(run)
+    elif run.sync is not None:
+        sync_run(run, everything=restarts or at_end)
+    if restarts:
+        fold(run)
+    return restarts
+
+
+def _save(run: Run, *, at_end: bool, asked: bool) -> None:
+    """Write a checkpoint if one is due, as it is at the end of a warm start; the end of a stage has its own."""
+    step = run.state.step
+    warm_start_ends = step == run.config.warm_start_steps and not at_end
+    if warm_start_ends:
+        run.watch.event("warm_start_end", step)
+    run.checkpoint_due |= (_due(run.config.checkpoint.every, step) or asked) and not at_end
+    if warm_start_ends or (run.checkpoint_due and not at_end and not _refused(run)):
+        save_checkpoint(run)
+    if asked and (at_end or not run.checkpoint_due):
+        run.saver.wait()  # whoever asked wants it on disk
+        grant(run, Wish.checkpoint)
+    if warm_start_ends:
+        begin_low_rank(run)
 
 
 def update(run: Run, clock: Stopwatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import exits
+from launch import exits, train
 from launch.jobs.attempts import Attempts
 from launch.jobs.job import in_words
 from launch.watching.records import read_records
@@ -18,6 +18,7 @@ from tests.slurm_jobs import ROOT, Job, eventually
 
 LONGER = ["training.steps=300", "relora.every=50", "evaluation.every=150", "checkpoint.every=50"]
 PATIENT = ["parallel.silence_seconds=60", "parallel.timeout_seconds=180"]
+TWELVE = "training.global_batch_size=12"  # for one to four processes
 HOSTILE = 'it\'s $(touch broken) `touch broken` "quoted"; touch broken & $HOME #'
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -49,6 +50,7 @@ def jobs(cluster, tiny_words, tmp_path_factory):
         ),
         "chain": Job(cluster, root / "chain", stream, "launcher.chain=true", *tasks),
         "pmix": Job(cluster, root / "mpi", lte, nodes, "launcher.start=pmix"),
+        "fewer": Job(cluster, root / "fewer", [*plain, TWELVE], "launcher.nodes=4", "launcher.least_nodes=1"),
         "sweep": Job(cluster, root / "sweep", ["--multirun", "optimizer.lr=0.01,0.001", *plain], *tasks),
     }
 
@@ -97,6 +99,20 @@ def test_pmix_starts_mpi_for_heads_that_sync_through_it(jobs):
     jobs["pmix"].wait()
     assert "2 heads x 1 data x 1 tensor" in jobs["pmix"].log
     assert sum(record.get("event") == "sync" for record in jobs["pmix"].records()) == 2
+
+
+def test_fewer_nodes_than_asked_for_train_on_the_same_global_batches(jobs, tiny, tmp_path):
+    job = jobs["fewer"]
+    job.wait()
+    (attempt,) = job.attempts
+    assert attempt.nodes in ("n[1-3]", "n[1-2]", "n[1,3]", "n[2-3]", "n1", "n2", "n3"), "there are but three"
+    assert train.main([*tiny, TWELVE, "evaluation.spectra=none"]) == exits.DONE
+    ours, theirs = (
+        [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
+        for run in (job.run, tmp_path / "run")
+    )
+    assert len(ours) == 20
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_plain_script_trains(cluster, jobs, script):
