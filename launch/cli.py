@@ -1,5 +1,6 @@
 """The console script: `accrete VERB ...` is `python -m launch.VERB ...`."""
 
+import atexit
 import gc
 import importlib
 import sys
@@ -35,10 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exits.REFUSED
     try:
         verb = importlib.import_module(f"launch.{words[0]}")
-        gc.freeze()  # what is imported stays: it takes no part in the dozen collections that DeepSpeed makes an engine
+        spare_imports()
         return int(verb.main(words[1:]))
     except SystemExit as finished:  # argparse's way to end after --help or a wrong word
         return int(finished.code or 0)
+
+
+def spare_imports() -> None:
+    """Let what is imported by now take no part in collections of garbage, of which DeepSpeed makes a dozen an engine.
+
+    At the very end they do again: libraries such as Triton complain of what they find uncollected.
+    """
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 if __name__ == "__main__":

@@ -103,9 +103,10 @@ class TrainingConfig:
         """
         share, rest = divmod(self.global_batch_size, data)
         if rest:
+            near = " or ".join(str(data * one) for one in (share, share + 1) if one)
             raise ConfigError(
                 f"training.global_batch_size must be a multiple of the {data} processes that share it (all processes / "
-                f"parallel.tensor), got {self.global_batch_size}: try {data * max(1, share)} or {data * (share + 1)}"
+                f"parallel.tensor), got {self.global_batch_size}: try {near}"
             )
         size = self.microbatch_size or share
         if share % size:

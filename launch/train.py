@@ -15,6 +15,7 @@ import torch
 
 from continual.config import ContinualConfig
 from launch import exits
+from launch.cli import spare_imports
 from launch.config import TrainConfig, load, resolved
 from launch.environment import environment
 from launch.jobs.attempt import Outcome, StopFile, beating, folder_of, keep_own_log, note
@@ -418,5 +419,5 @@ def _introduce(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # as in launch/cli.py
+    spare_imports()
     sys.exit(main())

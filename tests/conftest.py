@@ -1,5 +1,6 @@
 """Fixtures for all tests, and libraries kept offline."""
 
+import atexit
 import gc
 import os
 
@@ -10,6 +11,8 @@ import pytest
 
 from parallel.runtime import Runtime, start
 from tests.processes import Forker, Pool
+
+atexit.register(gc.unfreeze)  # libraries complain at the end of what is never collected
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,10 +1,13 @@
 """What a user can get wrong beyond the configuration: exit code 2, one line, and nothing lost."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from launch import exits, train
+from tests.processes import ROOT, plain_environment
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -82,3 +85,11 @@ def test_data_that_changed_since_the_checkpoint_is_refused(tiny, tmp_path, capsy
     assert train.main(words) == exits.REFUSED
     assert "the data has changed since" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "stopped"
+
+
+def test_the_message_is_all_that_a_refused_command_says():
+    """Libraries, too, are silent at the end of the process."""
+    command = [sys.executable, "-m", "launch.train", "optimizer.moments=int4"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=plain_environment())
+    assert (done.returncode, done.stdout) == (exits.REFUSED, "")
+    assert done.stderr == "error: optimizer.moments: Invalid value 'int4', expected one of [full, int8]\n"
