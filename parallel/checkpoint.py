@@ -4,9 +4,10 @@ A checkpoint is a folder of safetensors files and JSON; nothing in it is a pickl
 files is in parallel/parts.py, and how all processes write a checkpoint together in parallel/saving.py.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from parallel.parts import DamagedCheckpoint, StoredParts
 from parallel.regions import Region
 from relora.errors import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_WITHOUT_SEAL = (1, 2)
+"""Formats whose manifest had no checksum of its own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,12 +117,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         DamagedCheckpoint: a file is missing, short or changed; the message names it.
         ConfigError: another version wrote it.
     """
-    for name, expected in _files(folder).items():
+    for name, (size, checksum) in _files(folder).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
-            size = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-            raise DamagedCheckpoint(f"{path}: {expected['bytes']} bytes were written, {size} is there")
-        if sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+            raise DamagedCheckpoint(f"{path}: {size} bytes were written, {found} is there")
+        if sha256(path) != checksum:
             raise DamagedCheckpoint(f"{path}: its checksum is not the one that was written")
     return open_checkpoint(folder)
 
@@ -169,19 +172,31 @@ def remove_partial(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def manifest_text(files: Mapping[str, Mapping[str, Any]], written: int = FORMAT) -> str:
+    """The manifest of these files: their sizes and checksums by name, with a checksum of its own."""
+    return json.dumps({"format": written, "files": files, "sha256": _seal(written, files)}, indent=1)
+
+
+def _seal(written: Any, files: Any) -> str:
+    return hashlib.sha256(json.dumps([written, files], sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and checksum of each file of a checkpoint."""
     manifest = _json(folder / MANIFEST)
-    try:
-        written, files = manifest["format"], dict(manifest["files"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder}: its {MANIFEST} is unreadable") from error
+    damaged = DamagedCheckpoint(f"{folder / MANIFEST}: its content is not what was written")
+    if not isinstance(manifest, dict):
+        raise damaged
+    written, files = manifest.get("format"), manifest.get("files", {})
+    older = set(manifest) == {"format", "files"} and written in _WITHOUT_SEAL
+    if not older and manifest.get("sha256") != _seal(written, files):
+        raise damaged
     if written != FORMAT:
         raise ConfigError(
             f"{folder} has format {written!r}, and this version reads format {FORMAT}: continue with the version that "
             "wrote it, or begin anew in another run.dir"
         )
-    return files
+    return {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
 
 
 def _json(path: Path) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from parallel.checkpoint import FORMAT, MANIFEST, STATE, prune_checkpoints, step_name
+from parallel.checkpoint import MANIFEST, STATE, manifest_text, prune_checkpoints, step_name
 from parallel.files import is_disk_error, sha256, sync, write_atomically
 from parallel.parts import write_parts
 from parallel.regions import Region
@@ -175,8 +175,7 @@ def _collect(draft: Draft, own: Files | None, abandoned: threading.Event) -> boo
         files = {name: entry for report in [{"files": own}, *reports] for name, entry in report["files"].items()}
         state = draft.partial / STATE
         write_atomically(state, draft.state)
-        manifest = {"format": FORMAT, "files": {**files, STATE: _entry(state)}}
-        write_atomically(draft.partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_atomically(draft.partial / MANIFEST, manifest_text({**files, STATE: _entry(state)}))
         for rank in range(1, draft.world_size):
             draft.report(rank).unlink()
         sync(draft.partial)

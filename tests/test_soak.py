@@ -14,7 +14,7 @@ from benchmarks.soak_faults import HERE, LAUNCHER, Plan
 from benchmarks.soak_run import LocalRun, differences, numbers_of
 from launch.config import load
 from launch.jobs.attempt import VARIABLE
-from parallel.checkpoint import read_checkpoint
+from parallel.checkpoint import manifest_text, read_checkpoint
 from parallel.parts import DamagedCheckpoint
 
 
@@ -76,8 +76,7 @@ def test_runs_are_the_same_only_to_the_last_bit_of_records_and_weights(run, tmp_
 def test_processes_are_found_and_killed_and_a_damaged_checkpoint_is_one(run, tmp_path):
     newest = run.folder / "checkpoints/step_00000005"
     newest.mkdir(parents=True)
-    text = json.dumps({"format": 2, "files": {}})
-    (newest / "manifest.json").write_text(text)
+    (newest / "manifest.json").write_text(manifest_text({}))
     environment = {VARIABLE: str(run.folder / "job/attempt_001"), "RANK": "1"}
     victim = subprocess.Popen(["sleep", "60"], env=environment)
     assert run.launchers() == [victim.pid]

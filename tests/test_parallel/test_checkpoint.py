@@ -10,6 +10,7 @@ import torch
 from parallel.checkpoint import (
     CheckpointConfig,
     list_checkpoints,
+    manifest_text,
     newest_checkpoint,
     open_checkpoint,
     prune_checkpoints,
@@ -75,6 +76,19 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(write, tmp_pat
         read_checkpoint(newer)
 
 
+def test_whichever_bit_of_a_manifest_is_changed_the_previous_checkpoint_is_taken(write, tmp_path):
+    write(1)
+    victim = write(2) / "manifest.json"
+    data = victim.read_bytes()
+    for place in range(len(data)):
+        victim.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
+        taken, problems = newest_checkpoint(tmp_path)
+        assert taken.state == {"step": 1}
+        assert "manifest.json" in problems[0]
+        with pytest.raises(DamagedCheckpoint):
+            open_checkpoint(victim.parent)
+
+
 @pytest.mark.parametrize("harm", ["remove", "empty", "truncate"])
 def test_a_file_that_is_lost_after_the_check_is_named(write, harm):
     folder = write(1)
@@ -126,11 +140,12 @@ def test_a_closed_checkpoint_holds_no_file(write):
     assert checkpoint.whole("model", "weight").eq(1).all()
 
 
-@pytest.mark.parametrize("version", [1, 99])
+@pytest.mark.parametrize("version", [2, 99])
 def test_a_checkpoint_of_another_format_stops_a_run_that_would_begin_anew_over_it(write, tmp_path, version):
     folder = write(1)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": version}))
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    text = manifest_text(files, version) if version > 2 else json.dumps({"format": version, "files": files})
+    (folder / "manifest.json").write_text(text)
     for read in (read_checkpoint, open_checkpoint, lambda folder: newest_checkpoint(tmp_path)):
         with pytest.raises(ConfigError, match=rf"step_00000001 has format {version}, .*or begin anew in another run"):
             read(folder)
