@@ -130,18 +130,18 @@ def footprint(
     section = settings.get("zero_optimization", {})
     stage, bf16 = section.get("stage", 0), "bf16" in settings
     if stage == 0:
-        result, part = _replicas(held, data), trainable_entries(held)
+        result, sizes = _replicas(held, data), [one.entries for one in held if one.group is not None]
     elif stage == 3:
         pinned = 0 if checkpointing else sum(one.entries for one in held if one.pinned)
-        result, part = _stage_three(held, parallel, section, bf16=bf16, data=data, pinned=pinned)
+        result, sizes = _stage_three(held, parallel, section, bf16=bf16, data=data, pinned=pinned)
     elif bf16 and stage == 1 and parallel.offload is Offload.none:
         immediate = bool(settings["bf16"].get("immediate_grad_update", False))
-        result, part = _bf16_optimizer(held, parallel, data=data, immediate=immediate)
+        result, sizes = _bf16_optimizer(held, parallel, data=data, immediate=immediate)
     else:
-        result, part = _stages_one_and_two(held, parallel, section, bf16=bf16, data=data, microbatches=microbatches)
+        result, sizes = _stages_one_and_two(held, parallel, section, bf16=bf16, data=data, microbatches=microbatches)
     offloaded = parallel.offload is not Offload.none
-    result.keep(Kind.moments, bytes_of_moments(part, moments), on_host=offloaded)
-    result.in_step = max(result.in_step, 0 if offloaded else bytes_of_update(part, moments))
+    result.keep(Kind.moments, bytes_of_moments(sizes, moments), on_host=offloaded)
+    result.in_step = max(result.in_step, 0 if offloaded else bytes_of_update(sizes, moments))
     return result
 
 
@@ -181,10 +181,10 @@ def _replicas(held: Sequence[Held], data: int) -> Footprint:
 
 def _bf16_optimizer(
     held: Sequence[Held], parallel: ParallelConfig, *, data: int, immediate: bool
-) -> tuple[Footprint, int]:
+) -> tuple[Footprint, list[int]]:
     """bf16 at stages 0 and 1: gradients are summed in fp32 over all parameters, whatever is partitioned.
 
-    Returns how many entries have moments here, too, as every function here does.
+    Returns the entries of each tensor with moments, too.
     """
     result, parts = Footprint(), data if parallel.zero_stage > 0 else 1
     groups = groups_of(held)
@@ -197,7 +197,7 @@ def _bf16_optimizer(
         result.in_step = max(sum(one) * (2 if len(one) == 1 else FP32 + 2) for one in _buckets(sizes))
     elif data > 1:
         result.in_step = min(sum(sizes), BUCKET_ENTRIES) * FP32
-    return result, sum(sizes) // parts
+    return result, [size // parts for size in sizes]
 
 
 def _stages_one_and_two(
@@ -208,7 +208,7 @@ def _stages_one_and_two(
     bf16: bool,
     data: int,
     microbatches: int,
-) -> tuple[Footprint, int]:
+) -> tuple[Footprint, list[int]]:
     result, width = Footprint(), 2 if bf16 else FP32
     groups = groups_of(held)
     sizes = [flat_size(group, data) for group in groups]
@@ -235,12 +235,12 @@ def _stages_one_and_two(
         result.keep(Kind.buffers, largest * width)
         if not bf16 and section["stage"] == 2 and microbatches > 1:
             result.keep(Kind.gradients, touched, on_host=True)
-    return result, part
+    return result, [size // data for size in sizes]
 
 
 def _stage_three(
     held: Sequence[Held], parallel: ParallelConfig, section: Mapping[str, Any], *, bf16: bool, data: int, pinned: int
-) -> tuple[Footprint, int]:
+) -> tuple[Footprint, list[int]]:
     result, width = Footprint(), 2 if bf16 else FP32
     offloaded, weights_on_host = parallel.offload is not Offload.none, parallel.offload is Offload.all
     for one in held:
@@ -256,7 +256,7 @@ def _stage_three(
     result.keep(Kind.buffers, whole.kept * width)
     result.in_forward = (min(whole.live + pinned, whole.passing) + whole.arriving) * width
     result.in_step = 0 if offloaded else min(max(parts), int(section.get("sub_group_size", 1e9))) * FP32
-    return result, part
+    return result, parts
 
 
 class Gathering:

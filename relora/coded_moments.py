@@ -11,7 +11,7 @@ what differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -38,17 +38,17 @@ class MomentFormat(str, Enum):
     """As codes of 8 bits and a scale for 256 of them: 2.03 bytes."""
 
 
-def bytes_of_moments(entries: int, form: MomentFormat) -> int:
-    """Memory of both moments of a tensor, and of the levels that all tensors share."""
+def bytes_of_moments(sizes: Sequence[int], form: MomentFormat) -> int:
+    """Memory of both moments of tensors with so many entries, and of the tables that they share."""
     if form is MomentFormat.full:
-        return 2 * 4 * entries
-    levels = sum(one.nbytes for second in (False, True) for one in _levels(second, torch.device("cpu")))
-    return 2 * (entries + 4 * math.ceil(entries / BLOCK)) + levels
+        return 2 * 4 * sum(sizes)
+    tables = sum(one.nbytes for second in (False, True) for one in _tables(second, torch.device("cpu")))
+    return 2 * (BLOCK + 4) * sum(math.ceil(size / BLOCK) for size in sizes) + tables
 
 
-def bytes_of_update(entries: int, form: MomentFormat) -> int:
-    """Memory that an update takes besides, at most: both moments of a slab as numbers, codes as they are found."""
-    return 0 if form is MomentFormat.full else 32 * min(entries, _SLAB)
+def bytes_of_update(sizes: Sequence[int], form: MomentFormat) -> int:
+    """Memory that updates of them take besides, at most: moments of a slab as numbers, and codes as they are found."""
+    return 0 if form is MomentFormat.full else 32 * min(max(sizes, default=0), _SLAB)
 
 
 class Coded:
@@ -64,8 +64,9 @@ class Coded:
             second: whether it is the second moment, which has no signs.
         """
         self.entries, self.second = entries, second
-        self.codes = torch.full((entries,), 0 if second else _ZERO, dtype=torch.uint8, device=device)
-        self.scales = torch.zeros(math.ceil(entries / BLOCK), device=device)
+        blocks = math.ceil(entries / BLOCK)
+        self.codes = torch.full((blocks, BLOCK), 0 if second else _ZERO, dtype=torch.uint8, device=device)
+        self.scales = torch.zeros(blocks, 1, device=device)
 
     def part(self, start: int, count: int) -> CodedPart:
         """Return a range of it, which can be read and edited."""
@@ -77,11 +78,10 @@ class Coded:
 
         Shapes: (count,), float32
         """
-        levels, _ = _levels(self.second, self.codes.device)
-        entries = levels[self.codes[start : start + count].int()]
-        first = start // BLOCK
-        scales = self.scales[first : math.ceil((start + count) / BLOCK)].repeat_interleave(BLOCK)
-        entries *= scales[start - first * BLOCK :][:count]
+        levels, _ = _tables(self.second, self.codes.device)
+        blocks = slice(start // BLOCK, math.ceil((start + count) / BLOCK))
+        entries = levels.index_select(0, self.codes[blocks].view(-1).int()).view(-1, BLOCK).mul_(self.scales[blocks])
+        entries = entries.view(-1)[start % BLOCK :][:count]
         return entries.square_() if self.second else entries
 
     @torch.no_grad()
@@ -90,20 +90,21 @@ class Coded:
 
         Shapes: values (entries,), float32
         """
-        end = start + len(values)
+        count = len(values)
         assert start % BLOCK == 0
-        assert end % BLOCK == 0 or end == self.entries
+        assert count % BLOCK == 0 or start + count == self.entries
         exact = values.sqrt() if self.second else values
-        blocks = torch.nn.functional.pad(exact, (0, -len(values) % BLOCK)).view(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1)
+        if count % BLOCK:
+            exact = torch.nn.functional.pad(exact, (0, -count % BLOCK))
+        numbers = exact.view(-1, BLOCK)
+        scales = numbers.abs().amax(dim=1, keepdim=True)
         scales[scales < _LEAST] = 0.0
-        ratios = (blocks / scales.masked_fill(scales == 0, torch.inf).unsqueeze(1)).view(-1)[: len(values)]
-        _, bounds = _levels(self.second, self.codes.device)
-        codes = torch.bucketize(ratios, bounds, out_int32=True)
-        if self.second:
-            codes += (codes == 0) & (ratios > 0)
-        self.codes[start:end] = codes.to(torch.uint8)
-        self.scales[start // BLOCK :][: len(scales)] = scales
+        ratios = numbers / scales.masked_fill(scales == 0, torch.inf)
+        _, codes = _tables(self.second, self.codes.device)
+        places = ratios.view(torch.int32).bitwise_right_shift_(_DROPPED_BITS).bitwise_and_(len(codes) - 1)
+        blocks = slice(start // BLOCK, start // BLOCK + len(numbers))
+        torch.index_select(codes, 0, places.view(-1), out=self.codes[blocks].view(-1))
+        self.scales[blocks] = scales
 
 
 @dataclass(slots=True, frozen=True)
@@ -208,22 +209,32 @@ class CodedAdamW(torch.optim.Optimizer):
 
 
 @cache
-def _levels(second: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Levels in ascending order, and the bounds between them.
+def _tables(second: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels by code in ascending order, and codes by the leading bits of a float32 in [-1, 1].
 
-    Decade k of seven ends at 10^(k-6) and has 2^k evenly spaced levels of each sign, or 2^(k+1) without signs.
+    Decade k of seven ends at 10^(k-6) and has 2^k evenly spaced levels of each sign, or 2^(k+1) without signs. Nine
+    bits of a significand part levels well, so a code is that of the level nearest to the middle of its bits' range.
 
-    Shapes: (255,), (254,)
+    Shapes: (255,), (2^18,) or (2^17,)
     """
     above: list[Tensor] = []
     for decade in range(_DECADES):
         count = 2 ** (decade + second)
         above.append(torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)[1:] * 10.0 ** (decade + 1 - _DECADES))
     positive = torch.cat(above)
+    bits = torch.arange(1 << (31 - _DROPPED_BITS), dtype=torch.int32) << _DROPPED_BITS
+    middles = (bits + (1 << (_DROPPED_BITS - 1))).view(torch.float32).double()
+    middles = middles.nan_to_num(1.0)  # patterns of what is no number do not occur
+    codes = torch.bucketize(middles, (positive[1:] + positive[:-1]) / 2) + 1
+    codes[middles < (0.0 if second else float(positive[0]) / 2)] = 0
+    codes[0] = 0
     zero = torch.zeros(1, dtype=torch.float64)
+    if not second:
+        codes = torch.cat([_ZERO + codes, _ZERO - codes])
     levels = torch.cat([zero, positive] if second else [-positive.flip(0), zero, positive])
-    return levels.float().to(device), ((levels[1:] + levels[:-1]) / 2).float().to(device)
+    return levels.float().to(device), codes.to(torch.uint8).to(device)
 
 
 _ZERO = 127
 """Code of zero in a moment with signs."""
+_DROPPED_BITS = 14

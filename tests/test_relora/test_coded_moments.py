@@ -44,10 +44,11 @@ def test_entries_are_near_zeros_stay_and_a_blocks_largest_is_exact(second):
     for exact, kept in zip(values.split(BLOCK), stored.split(BLOCK), strict=True):
         peak = exact.abs().max()
         assert kept.abs().max() == peak
-        # Within a decade levels are 0.9 of its end apart, over 2^k levels, or twice as many without signs.
+        # Within a decade levels are 0.9 of its end apart, over 2^k levels, or twice as many without signs;
+        # and codes are found by the leading bits of an entry, which leave a thousandth of it open.
         decade = (exact.abs() / peak).clamp(min=1e-30).log10().floor().clamp(min=-7)
         end, count = 10 ** (decade + 1), 2 ** ((decade + 7).clamp(min=0) + second)
-        assert bool(((exact - kept).abs() <= peak * (0.46 * end / count + 1e-6)).all())
+        assert bool(((exact - kept).abs() <= peak * (0.45 * end / count + 1e-6) + exact.abs() / 1024).all())
 
 
 def test_quantising_what_is_stored_changes_nothing(second):
@@ -177,6 +178,8 @@ def test_parameters_without_gradients_are_left_alone():
 
 def test_memory_is_a_quarter_and_a_scale():
     moments = [Coded(ENTRIES, torch.device("cpu"), second=second) for second in (False, True)]
-    held = sum(one.codes.nbytes + one.scales.nbytes for one in moments) + 4 * 2 * (255 + 254)  # and their levels
-    assert held == bytes_of_moments(ENTRIES, MomentFormat.int8)
-    assert bytes_of_moments(1 << 20, MomentFormat.int8) < 0.26 * bytes_of_moments(1 << 20, MomentFormat.full)
+    held = (
+        sum(one.codes.nbytes + one.scales.nbytes for one in moments) + 2 * 4 * 255 + 2**18 + 2**17
+    )  # and their tables
+    assert held == bytes_of_moments([ENTRIES], MomentFormat.int8)
+    assert bytes_of_moments([1 << 24], MomentFormat.int8) < 0.26 * bytes_of_moments([1 << 24], MomentFormat.full)
