@@ -42,7 +42,7 @@ def shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
     """The models of a run and their batches."""
     grid = QUICK if options.quick else GPU if device.type == "cuda" else CPU
     if options.models:
-        usual = {row["model"]: row for row in (*QUICK, *CPU, *GPU)}
+        usual = {row["model"]: row for row in grid}  # other models take the sizes of this device's first
         grid = [{**usual.get(name, grid[0]), "model": name} for name in options.models]
     usual_words = {**_USUAL[device.type], **({"rank": 16} if options.quick else {})}
     given = {key: getattr(options, key) for key in (*_GRID_KEYS, "dtype", "rank") if getattr(options, key) is not None}
