@@ -19,6 +19,7 @@ import torch
 from benchmarks.linear_variants import AUTO, COMPILED, FULL, PEFT, Shape, counted, variants
 from benchmarks.machine import device_here
 from benchmarks.outcome import Document, document, markdown, paired_ratio, write_document
+from benchmarks.page import write_tables
 from launch import exits
 from launch.planning.flops import peak_flops
 from relora.choice import timed
@@ -27,7 +28,7 @@ _CPU = {
     "layers": ["512x512", "1024x1024", "1376x512"],
     "tokens": [512, 2048],
     "ranks": [8, 32, 128],
-    "dtypes": ["float32"],
+    "dtypes": ["float32", "bfloat16"],
 }
 _GPU = {
     "layers": ["1024x1024", "2048x2048", "4096x4096", "5461x2048", "11008x4096"],
@@ -73,16 +74,25 @@ def compare(shape: Shape, device: torch.device, *, repetitions: int, compiled: b
     return rows
 
 
+def summary(study: Document) -> str:
+    """What `auto` takes and gains at each shape, as a Markdown table."""
+    gains = [
+        [_title(row), row["takes"], *(_ratio(row[key]) for key in _OTHERS)]
+        for row in study["rows"]
+        if row["variant"] == AUTO
+    ]
+    return markdown(["shape", "auto takes", *(f"/ {other}" for other in _OTHERS.values())], gains)
+
+
+def details(study: Document) -> str:
+    """A Markdown table for each shape."""
+    shapes = [list(group) for _, group in itertools.groupby(study["rows"], key=_shape)]
+    return "\n\n".join(f"{_title(rows[0])}\n\n{_table(rows)}" for rows in shapes)
+
+
 def tables(study: Document) -> str:
-    """The study as Markdown: a table for each shape, and what `auto` takes and gains in each."""
-    parts, gains = [], []
-    for _, group in itertools.groupby(study["rows"], key=_shape):
-        rows = list(group)
-        parts.append(f"{_title(rows[0])}\n\n{_table(rows)}")
-        auto = next(row for row in rows if row["variant"] == AUTO)
-        gains.append([_title(auto), auto["takes"], *(_ratio(auto[key]) for key in _OTHERS)])
-    headers = ["shape", "auto takes", *(f"/ {other}" for other in _OTHERS.values())]
-    return "\n\n".join([*parts, markdown(headers, gains)])
+    """All of them, for a page."""
+    return f"{summary(study)}\n\n{details(study)}"
 
 
 def _ratio(found: dict[str, float] | None) -> str:
@@ -144,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-compile", action="store_true", help="leave out PEFT compiled, which takes long to start")
     parser.add_argument("--quick", action="store_true", help="two small shapes, within a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables into that Markdown file")
     return parser
 
 
@@ -157,9 +168,11 @@ def _command(options: argparse.Namespace, device: torch.device) -> int:
         rows += compare(shape, device, repetitions=options.repetitions, compiled=not options.no_compile)
     settings = {"threads": torch.get_num_threads(), "repetitions": options.repetitions}
     outcome = document("linear", device, settings=settings, rows=rows)
-    print(tables(outcome))
+    print(f"{details(outcome)}\n\n{summary(outcome)}")
     if options.json:
         write_document(options.json, outcome)
+    if options.page:
+        write_tables(options.page, title="One linear layer", tables=tables(outcome))
     return exits.DONE
 
 

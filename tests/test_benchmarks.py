@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import model, model_page, model_turns, parallel, quality, runs, step
+from benchmarks import linear, model, model_page, model_turns, parallel, quality, runs, step
 from benchmarks.outcome import document, markdown, paired_ratio, read_document
 from benchmarks.parallel_layouts import entries
 from benchmarks.parallel_tables import sent
@@ -256,7 +256,7 @@ def test_the_step_benchmark_runs_and_its_variants_train_alike(tmp_path, capfd):
     assert "of a ReLoRA step" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("module", [model, parallel, quality, step])
+@pytest.mark.parametrize("module", [linear, model, parallel, quality, step])
 def test_the_documents_show_the_figures_of_the_json_files(module):
     name = module.__name__.rpartition(".")[2]
     shown = (ROOT / "docs" / "results" / f"{name}.md").read_text(encoding="utf-8").splitlines()
