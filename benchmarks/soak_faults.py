@@ -13,8 +13,10 @@ from benchmarks.soak_run import Cluster, Run, SlurmRun, SoakFailed
 
 _SAVE_SECONDS = 20.0
 """How long a save is waited for."""
+_OWN_SECONDS = 60.0
+"""How long the run may need to leave a lost node by itself; then SLURM is told, which would notice in minutes."""
 _FOLLOW_SECONDS = 240.0
-"""How long what follows a fault may take: a node's loss is noticed by SLURM after half a minute."""
+"""How long SLURM may need then."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -129,7 +131,10 @@ def of_cluster(cluster: Cluster) -> list[Fault]:
             return False
         lost = dice.choice(nodes)
         cluster.power_off(lost)
-        ended = run.wait(lambda: lost not in run.nodes(), seconds=_FOLLOW_SECONDS, pause=0.5)
+        ended = run.wait(lambda: lost not in run.nodes(), seconds=_OWN_SECONDS, pause=0.5)
+        if not ended:  # the supervisor was on it, and the job is SLURM's alone
+            cluster.notice(lost)
+            ended = run.wait(lambda: lost not in run.nodes(), seconds=_FOLLOW_SECONDS, pause=0.5)
         cluster.power_on(lost)
         if not ended:
             raise SoakFailed(f"the job stays on node {lost}, which is lost: {run.said()}")

@@ -45,6 +45,9 @@ class Cluster(Protocol):
     def power_off(self, node: int) -> None:
         """Kill every process of a node."""
 
+    def notice(self, node: int) -> None:
+        """Let SLURM know that a node is lost."""
+
     def power_on(self, node: int) -> None:
         """Start a node again."""
 
