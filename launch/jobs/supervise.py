@@ -85,6 +85,7 @@ class SlurmJob:
 
         SLURM asks this process to end soon after, and takes further wishes only once the job waits.
         """
+        exclude = self._that_can_be_left_out(exclude)
         done = _asked(["scontrol", "requeue", self.number])
         if done.returncode:
             _say(f"SLURM does not requeue the job: {done.stderr.strip()}")
@@ -97,6 +98,26 @@ class SlurmJob:
             done = _asked(["scontrol", "update", f"JobId={self.number}", f"Dependency=after:{other}"])
             _say(f"not before job {other} runs" if not done.returncode else done.stderr.strip())
         return True
+
+    def _that_can_be_left_out(self, hosts: Sequence[str]) -> Sequence[str]:
+        """Those of some machines without which the job can still run: all, else those that take no work, else none.
+
+        A job that wants more machines than are left would wait in the queue for ever.
+        """
+        if not hosts or self._could_run_without(hosts):
+            return hosts
+        gone = [host for host in hosts if not self.alive(host)]
+        left_out = gone if gone and self._could_run_without(gone) else []
+        _say(f"too few machines would be left without {', '.join(hosts)}: left out are {', '.join(left_out) or 'none'}")
+        return left_out
+
+    @staticmethod
+    def _could_run_without(hosts: Sequence[str]) -> bool:
+        """Whether the partition has machines enough besides; where SLURM says anything else, it is taken for yes."""
+        partition, nodes = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("PARTITION", "NUM_NODES"))
+        size = [f"--partition={partition}", f"--nodes={nodes}"] if partition and nodes else []
+        answer = _asked(["sbatch", "--test-only", *size, f"--exclude={','.join(hosts)}", "--wrap=true"])
+        return answer.returncode == 0 or "node configuration is not available" not in answer.stderr
 
 
 class Supervisor:

@@ -22,7 +22,7 @@ from launch.jobs.job import in_words
 from launch.jobs.launcher import LAUNCHERS, load_launcher
 from launch.jobs.leftovers import processes_of
 from launch.jobs.network import RESTARTABLE
-from launch.jobs.supervise import Supervisor
+from launch.jobs.supervise import SlurmJob, Supervisor
 from launch.training.run_folder import locked
 from launch.usage import field_docs
 from launch.watching.records import read_records
@@ -504,3 +504,32 @@ def test_the_plain_scripts_are_shell():
 def test_a_value_that_could_not_be_read_back_is_refused():
     with pytest.raises(ConfigError, match=r"run\.name must not hold"):
         load([f"run.name={in_words('${x}')}"])
+
+
+@pytest.mark.parametrize(
+    ("impossible", "dead", "left_out"),
+    [
+        ([], [], ["n1", "n2"]),
+        (["n1,n2"], ["n2"], ["n2"]),
+        (["n1,n2", "n2"], ["n2"], []),
+        (["n1,n2"], [], []),
+    ],
+)
+def test_no_more_machines_are_left_out_than_the_job_can_spare(monkeypatch, impossible, dead, left_out):
+    asked = []
+
+    def answer(command, *_):
+        asked.append(command)
+        told = next((word.partition("=")[2] for word in command if word.startswith("--exclude=")), None)
+        host = next((word.partition("=")[2] for word in command if word.startswith("--nodelist=")), None)
+        bad = told in impossible or host in dead
+        error = "allocation failure: Requested node configuration is not available" if told in impossible else ""
+        return subprocess.CompletedProcess(command, int(bad), "", error)
+
+    monkeypatch.setattr("launch.jobs.supervise._asked", answer)
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert SlurmJob("7").requeue(["n1", "n2"])
+    assert asked[0] == ["sbatch", "--test-only", "--partition=low", "--nodes=2", "--exclude=n1,n2", "--wrap=true"]
+    updates = [command[3] for command in asked if command[:2] == ["scontrol", "update"]]
+    assert updates == ([f"ExcNodeList={','.join(left_out)}"] if left_out else [])
