@@ -123,7 +123,7 @@ class Heartbeat:
         self._heard = self._next = time.monotonic()
 
     def silence(self) -> float:
-        """Seconds since its last change by the clock of this machine; 0 before the first one."""
+        """Seconds since its last change, or since the beginning before the first one, by the clock of this machine."""
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _LOOK_SECONDS
@@ -131,7 +131,12 @@ class Heartbeat:
                 seen = self._path.stat().st_mtime_ns
                 if seen != self._seen:
                     self._seen, self._heard = seen, now
-        return now - self._heard if self._seen else 0.0
+        return now - self._heard
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has been seen to change."""
+        return bool(self._seen)
 
 
 def keep_own_log(environment: Mapping[str, str], rank: int) -> None:

@@ -37,7 +37,8 @@ class LocalConfig:
     attempts: int = 3
     """Attempts in a row that bring the run no further, after which it is given up."""
     hang_seconds: float = HANG_SECONDS
-    """Longest that the first process may be silent, or a step go on after parallel.timeout_seconds; 0: no limit."""
+    """Longest that the first process may be silent, or a step go on after parallel.timeout_seconds; 0: no limit.
+    Six times as long at the start."""
     environment: dict[str, str] | None = None
     """Variables of the training processes, as {NAME: value}."""
     preflight: bool = True

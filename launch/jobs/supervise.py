@@ -27,6 +27,8 @@ _LOOK_SECONDS = 0.2
 _LINGER_SECONDS = 30.0
 """How long a launcher may go on after the run has said why it ends: srun waits for a machine that is gone."""
 _KILL_SECONDS = 20.0
+_START_TIMES = 6
+"""How many times as long as between signs of life may pass before the first one: images are fetched, packages read."""
 _REQUEUE_SECONDS = 60.0
 _ANSWER_SECONDS = 30.0
 """How long SLURM's commands may take."""
@@ -111,12 +113,10 @@ class SlurmJob:
         _say(f"too few machines would be left without {', '.join(hosts)}: left out are {', '.join(left_out) or 'none'}")
         return left_out
 
-    @staticmethod
-    def _could_run_without(hosts: Sequence[str]) -> bool:
-        """Whether the partition has machines enough besides; where SLURM says anything else, it is taken for yes."""
-        partition, nodes = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("PARTITION", "NUM_NODES"))
-        size = [f"--partition={partition}", f"--nodes={nodes}"] if partition and nodes else []
-        answer = _asked(["sbatch", "--test-only", *size, f"--exclude={','.join(hosts)}", "--wrap=true"])
+    def _could_run_without(self, hosts: Sequence[str]) -> bool:
+        """Whether SLURM would ever start this job's own script so; whatever else it says is taken for yes."""
+        script = _asked(["scontrol", "write", "batch_script", self.number, "-"]).stdout
+        answer = _asked(["sbatch", "--test-only", f"--exclude={','.join(hosts)}"], given=script)
         return answer.returncode == 0 or "node configuration is not available" not in answer.stderr
 
 
@@ -195,12 +195,13 @@ class Supervisor:
             start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509  (one system call, whatever other threads hold)
         )
-        noted, heartbeat, hangs = None, Heartbeat(folder), False
+        noted, heartbeat, hangs, patience = None, Heartbeat(folder), False, math.inf
         while process.poll() is None:
             time.sleep(_LOOK_SECONDS)
-            if heartbeat.silence() > self._hang and outcome_in(folder) is None:
+            patience = self._hang if heartbeat.begun else _START_TIMES * self._hang
+            if heartbeat.silence() > patience and outcome_in(folder) is None:
                 hangs = True
-                _say(f"the first process has given no sign of life for {self._hang:g} s; all are ended")
+                _say(f"the first process has given no sign of life for {patience:g} s; all are ended")
                 _end(process)
             if self._asked:
                 ask_to_stop(folder)
@@ -216,7 +217,7 @@ class Supervisor:
         code = process.returncode
         outcome = outcome_in(folder)
         if hangs:
-            outcome = Outcome(code=FAILED, reason=f"the first process gave no sign of life for {self._hang:g} s")
+            outcome = Outcome(code=FAILED, reason=f"the first process gave no sign of life for {patience:g} s")
         elif outcome is None:
             outcome = Outcome(code=DONE if code == 0 else FAILED, reason=f"the launcher ended with code {code}")
         if self._asked and outcome.code == PREEMPTED:
@@ -244,8 +245,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         return
 
 
-def _asked(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> "subprocess.CompletedProcess[str]":
-    """What a command of SLURM answers; silence is a failure.
+def _asked(
+    command: Sequence[str], seconds: float = _ANSWER_SECONDS, *, given: str = ""
+) -> "subprocess.CompletedProcess[str]":
+    """What a command of SLURM answers to what it is given to read; silence is a failure.
 
     It is deaf from its very beginning to SIGTERM, which comes to all processes of a job that is put into the queue.
     """
@@ -256,7 +259,7 @@ def _asked(command: Sequence[str], seconds: float = _ANSWER_SECONDS) -> "subproc
             capture_output=True,
             text=True,
             timeout=seconds,
-            stdin=subprocess.DEVNULL,
+            input=given,
             preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
         )
     except (subprocess.TimeoutExpired, OSError) as error:

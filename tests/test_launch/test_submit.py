@@ -361,6 +361,14 @@ def test_an_attempt_whose_first_process_gives_no_sign_of_life_is_ended(tmp_path,
     assert ("no sign of life for 2 s" in capfd.readouterr().out) is not beats
 
 
+def test_an_attempt_that_never_begins_is_ended_after_a_longer_time(tmp_path, capfd):
+    """As when SLURM has the launcher wait for a step that is never cleaned up."""
+    began = time.monotonic()
+    assert Supervisor(tmp_path, ["sleep", "60"], limit=1, job=None, hang=0.3).work() == exits.FAILED
+    assert 6 * 0.3 < time.monotonic() - began < 30
+    assert "no sign of life for 1.8 s" in capfd.readouterr().out
+
+
 def test_a_heart_beats_only_while_its_process_gets_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     monkeypatch.setattr("launch.jobs.attempt._BEAT_SECONDS", 0.01)
@@ -506,6 +514,9 @@ def test_a_value_that_could_not_be_read_back_is_refused():
         load([f"run.name={in_words('${x}')}"])
 
 
+SCRIPT = "#!/bin/bash\n#SBATCH --nodes=2-4\n"
+
+
 @pytest.mark.parametrize(
     ("impossible", "dead", "left_out"),
     [
@@ -518,18 +529,19 @@ def test_a_value_that_could_not_be_read_back_is_refused():
 def test_no_more_machines_are_left_out_than_the_job_can_spare(monkeypatch, impossible, dead, left_out):
     asked = []
 
-    def answer(command, *_):
+    def answer(command, *_, given=""):
         asked.append(command)
         told = next((word.partition("=")[2] for word in command if word.startswith("--exclude=")), None)
         host = next((word.partition("=")[2] for word in command if word.startswith("--nodelist=")), None)
+        if command == ["scontrol", "write", "batch_script", "7", "-"]:
+            return subprocess.CompletedProcess(command, 0, SCRIPT, "")
+        assert told is None or given == SCRIPT
         bad = told in impossible or host in dead
         error = "allocation failure: Requested node configuration is not available" if told in impossible else ""
         return subprocess.CompletedProcess(command, int(bad), "", error)
 
     monkeypatch.setattr("launch.jobs.supervise._asked", answer)
-    monkeypatch.setenv("SLURM_JOB_PARTITION", "low")
-    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     assert SlurmJob("7").requeue(["n1", "n2"])
-    assert asked[0] == ["sbatch", "--test-only", "--partition=low", "--nodes=2", "--exclude=n1,n2", "--wrap=true"]
+    assert asked[1] == ["sbatch", "--test-only", "--exclude=n1,n2"]
     updates = [command[3] for command in asked if command[:2] == ["scontrol", "update"]]
     assert updates == ([f"ExcNodeList={','.join(left_out)}"] if left_out else [])
